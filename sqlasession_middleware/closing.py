@@ -1,0 +1,303 @@
+"""How a scope ends: when the response closes, when the application fails, when a ``with`` block is left.
+
+A :class:`ScopeIterator` is what the middleware returns. It makes the scope current in each step of the body, and
+its end is :func:`finish`: the body's own ``close()``, then ``session.remove``, then the locals' cleanup, each
+tried whatever became of the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+from sqlalchemy.orm import Session, scoped_session
+from werkzeug.wsgi import ClosingIterator
+
+from .context import ENDED, ENDING, NOTHING, RUNNING, WAITING, Scope, current, local, local_manager, release_local
+from .errors import ScopeError
+from .sessions import remove_session, session
+
+__all__ = ["ScopeContext", "ScopeIterator", "finish", "respond", "respond_joined"]
+
+logger = logging.getLogger(__name__)
+
+
+class ScopeIterator(ClosingIterator):
+    """The body of a response, and the owner of its scope.
+
+    :param body: what the application returned.
+    :param scope: current in each step, and in ``close()``.
+    :param steps: the body's chunks. It must not refer to this object: a response that is dropped has to go at
+        once, without waiting for the garbage collector to find a cycle.
+    """
+
+    # Werkzeug's constructor calls iter(body), which is the application's code and may raise before there is
+    # anyone to clean up. What it would have set is not needed: all of its methods are here.
+    __slots__ = ("_body", "_scope", "_steps")
+
+    def __init__(self, body: Iterable[bytes], scope: Scope, steps: Iterator[bytes]) -> None:
+        self._body = body
+        self._scope = scope
+        self._steps = steps
+
+    # A server that asks for the iterator gets the steps themselves and saves a call for each chunk.
+    def __iter__(self) -> Iterator[bytes]:  # type: ignore[override]  # Werkzeug's says "itself"
+        return self._steps
+
+    def __next__(self) -> bytes:
+        return next(self._steps)
+
+    def close(self) -> None:
+        """End the scope; a second call does nothing.
+
+        :raises BaseException: what the body's own ``close()`` raised, after everything else was done.
+        """
+        if self._scope.state < ENDING:
+            finish(self._scope, self._body)
+
+    def __del__(self) -> None:
+        # PEP 3333 has every server call close(); this one dropped the response instead.
+        if self._scope.state < ENDING:
+            _abandon(self._scope, self._body)
+
+
+class SizedScopeIterator(ScopeIterator):
+    """The same for a body with a length: servers derive the Content-Length from it."""
+
+    def __len__(self) -> int:
+        return len(self._body)  # type: ignore[arg-type]  # respond() has looked
+
+
+class JoinedIterator(ScopeIterator):
+    """A body that runs in a scope which another response owns and will end."""
+
+    def close(self) -> None:
+        close = getattr(self._body, "close", None)
+        self._body = ()
+        if close is not None:
+            before = current.get(NOTHING)
+            current.set(self._scope)
+            try:
+                close()
+            finally:
+                current.set(before)
+
+    def __del__(self) -> None:
+        """Nothing: the scope is not this response's."""
+
+
+class SizedJoinedIterator(JoinedIterator, SizedScopeIterator):
+    """Both."""
+
+
+def respond(body: Iterable[bytes], scope: Scope) -> ScopeIterator:
+    """Make ``scope`` current in ``body`` and end it with the response."""
+    scope.state = WAITING
+    if type(body) is list or type(body) is tuple:
+        # No code of the application runs while a server steps through these.
+        return SizedScopeIterator(body, scope, iter(body))
+    if hasattr(body, "__len__"):
+        return SizedScopeIterator(body, scope, _steps(body, scope))
+    return ScopeIterator(body, scope, _steps(body, scope))
+
+
+def respond_joined(body: Iterable[bytes], scope: Scope) -> ScopeIterator:
+    """Make ``scope`` current in ``body``, which is a part of the response that will end it."""
+    kind = SizedJoinedIterator if hasattr(body, "__len__") else JoinedIterator
+    return kind(body, scope, _visits(body, scope))
+
+
+def _steps(body: Iterable[bytes], scope: Scope) -> Iterator[bytes]:
+    """Step through the body of a waiting scope; where a step raises, the scope ends there and then.
+
+    A scope that found nobody else's on the Local stays there between two steps, so in the usual case a step costs
+    one look. From the first step on that finds something else there (another thread or context, another request,
+    an outer application) each step is a visit.
+    """
+    get, running, waiting = current.get, RUNNING, WAITING
+    rest = body
+    try:
+        if get(None) is scope:
+            scope.state = running
+            rest = iter(body)
+            for chunk in rest:
+                scope.state = waiting
+                yield chunk
+                if get(None) is not scope:
+                    break
+                scope.state = running
+            else:
+                scope.state = waiting
+                return
+        yield from _visits(rest, scope)
+    except BaseException as error:
+        # Raised while it is waiting, the error is not the application's: this generator is being dropped.
+        if scope.state is RUNNING:
+            finish(scope, body, error)
+        raise
+
+
+def _visits(body: Iterable[bytes], scope: Scope) -> Iterator[bytes]:
+    """Step through a body with ``scope`` current in each step, and the caller's again after it."""
+    between = scope.state
+    iterator: Iterator[bytes] | None = None
+    while scope.state is between:
+        before = current.get(NOTHING)
+        current.set(scope)
+        scope.state = RUNNING
+        try:
+            if iterator is None:
+                iterator = iter(body)
+            chunk = next(iterator)
+        except StopIteration:
+            scope.state = between
+            return
+        finally:
+            current.set(before)
+        scope.state = between
+        yield chunk
+
+
+def finish(scope: Scope, body: object = None, error: BaseException | None = None) -> None:
+    """End a scope: every finisher runs, once, and the caller's Local is what it was before.
+
+    :param body: has its ``close()`` called while the scope is still current.
+    :param error: what the application raised. The caller goes on to raise it, so whatever else fails is logged.
+    :raises BaseException: without ``error``, what the body's ``close()`` raised; else what another finisher raised
+        that nobody may swallow (:exc:`KeyboardInterrupt`, a greenlet's kill). All other failures are logged.
+    """
+    if scope.state >= ENDING:
+        return
+    scope.state = ENDING
+    before = current.get(NOTHING)
+    if before is not scope:
+        current.set(scope)
+    fatal = None
+    try:
+        close = getattr(body, "close", None)
+        if error is not None:
+            _preserve(scope, error)
+            if close is not None:
+                _attempt(scope, "the body's close()", close)
+        elif close is not None:
+            close()
+    except BaseException as close_error:
+        _preserve(scope, close_error)
+        raise
+    finally:
+        if scope.session is not None:
+            # First of all: its connection must not wait for the locals' finishers.
+            fatal = _attempt(scope, "session.remove", remove_session, scope)
+        if len(local_manager.locals) > 1:
+            fatal = _cleanup(scope) or fatal
+        scope.state = ENDED
+        scope.clear()
+        if scope.session is not None:
+            # Opened since: by an event of the session's own close, or by a thread that shares the scope.
+            _attempt(scope, "session.remove", remove_session, scope)
+        if before is scope:
+            scope.leave()
+        else:
+            current.set(before)
+        scope.environ = None
+        del scope.token
+    if fatal is not None and error is None:
+        raise fatal
+
+
+def _cleanup(scope: Scope) -> BaseException | None:
+    """What ``local_manager.cleanup()`` does, but for the scope's own Local, and for each of them in any case."""
+    fatal = None
+    for other in local_manager.locals:
+        if other is not local:
+            fatal = _attempt(scope, "local_manager.cleanup", release_local, other) or fatal
+    return fatal
+
+
+def _attempt(scope: Scope, name: str, finisher: Callable[..., object], *arguments: object) -> BaseException | None:
+    """Call a finisher; log its failure, and return it if it is none that may be swallowed."""
+    try:
+        finisher(*arguments)
+    except BaseException as failure:
+        logger.exception(
+            "A finisher of %r failed: %s", scope.owner, name, extra={"application": scope.owner, "finisher": name}
+        )
+        return None if isinstance(failure, Exception) else failure
+    return None
+
+
+def _abandon(scope: Scope, body: object) -> None:
+    leaked = scope.session is not None
+    owner = scope.owner
+    try:
+        finish(scope, body)
+    except BaseException:
+        logger.exception("A finisher of a response of %r that was dropped failed", owner)
+    if leaked:
+        warnings.warn(
+            f"A response or context of {owner!r} was dropped with its session open: whoever opened it has to close it.",
+            ResourceWarning,
+            stacklevel=2,
+        )
+
+
+class ScopeContext:
+    """``with app.context():``, a scope that is no request's.
+
+    :param owner: the application that the scope belongs to.
+    :param values: what else to find on ``local``.
+    """
+
+    def __init__(self, owner: Any, values: dict[str, Any] | None = None) -> None:
+        self._owner = owner
+        self._values = values
+        self._scope: Scope | None = None
+
+    def __enter__(self) -> scoped_session[Session]:
+        if self._scope is not None:
+            raise ScopeError(f"This context of {self._owner!r} is entered already: call context() for each 'with'.")
+        self._scope = scope = Scope(self._owner)
+        if self._values:
+            scope.update(self._values)
+        scope.token = current.set(scope)
+        return session
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            finish(scope, error=error)
+
+    def __del__(self) -> None:
+        if self._scope is not None:
+            _abandon(self._scope, None)
+
+
+class PreservedContext(threading.local):
+    """A failed request's scope, opened anew for each command in the console of Werkzeug's debugger.
+
+    The debugger keeps it for as long as its page may be used and enters it in the thread of each command, so no
+    session or connection may live in it between two of them.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        self._arguments = scope.owner, dict(scope)
+
+    def __enter__(self) -> None:
+        self._context = ScopeContext(*self._arguments)
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+
+def _preserve(scope: Scope, error: BaseException) -> None:
+    if scope.environ is not None and isinstance(error, Exception):
+        preserve = scope.environ.get("werkzeug.debug.preserve_context")
+        if preserve is not None:
+            preserve(PreservedContext(scope))

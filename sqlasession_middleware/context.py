@@ -1,0 +1,114 @@
+"""The scope: what one request, or one ``with app.context():``, owns.
+
+``local``, ``local_manager`` and ``application`` are the names of the pattern that Werkzeug's documentation
+published. Behind them is one :class:`~contextvars.ContextVar`, and what it holds during a request *is* the
+request's :class:`Scope`: the dict that Werkzeug's :class:`~werkzeug.local.Local` reads and writes. So finding
+the session is one look at a context variable, and whatever is stored on ``local`` lives as long as its request.
+
+This is the only module that imports :mod:`werkzeug.local`.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from typing import Any, Final
+
+from werkzeug.local import Local, LocalManager, release_local
+
+from .errors import ScopeError
+
+__all__ = [
+    "ENDED",
+    "ENDING",
+    "NOTHING",
+    "RUNNING",
+    "WAITING",
+    "Scope",
+    "application",
+    "current",
+    "local",
+    "local_manager",
+    "release_local",
+]
+
+#: What the Local reads and writes. Inside a scope its value is that :class:`Scope`.
+current: ContextVar[dict[str, Any]] = ContextVar("sqlasession_middleware.current")
+
+#: What ``current`` is set to where no scope is left. A Local copies it before it writes.
+NOTHING: dict[str, Any] = {}
+
+local = Local(current)
+local_manager = LocalManager([local])
+application = local(
+    "application",
+    unbound_message=(
+        "No application is bound here: this code runs outside of a request, or its request is over."
+        " Run it inside a request, or in 'with app.context():'."
+    ),
+)
+
+
+_set_item = dict.__setitem__
+
+#: The application's code is on the stack: in the call, in a step of the body, in the ``with`` block.
+RUNNING: Final = 1
+#: The server has yet to take the next step, or to close.
+WAITING: Final = 2
+#: The finishers run, and with them the body's ``close()``.
+ENDING: Final = 3
+#: It is over: the scope is an empty dict for good.
+ENDED: Final = 4
+
+
+class Scope(dict[str, Any]):
+    """The owner, the session and the Local's values of one request or context.
+
+    Scopes are told apart by identity.
+    """
+
+    __slots__ = ("environ", "owner", "session", "state", "token")
+
+    #: the middleware instance (or, in a shell, whatever was assigned to ``local.application``)
+    owner: Any
+    #: the request's environ; None outside of a request and after the end
+    environ: dict[str, Any] | None
+    #: the open Session, if the scope has used one
+    session: Any
+    #: RUNNING, WAITING, ENDING or ENDED
+    state: int
+    #: what ``current.set()`` gave when the scope began: ``old_value`` is what the Local held before
+    token: Token[dict[str, Any]]
+
+    def __init__(self, owner: Any, environ: dict[str, Any] | None = None) -> None:
+        _set_item(self, "application", owner)
+        self.owner = owner
+        self.environ = environ
+        self.session = None
+        self.state = RUNNING
+
+    def leave(self) -> None:
+        """Make the Local what it was before the scope began, but never another scope that has ended since."""
+        before = self.token.old_value
+        if isinstance(before, Scope) and before.state is ENDED:
+            current.set(NOTHING)
+            return
+        try:
+            current.reset(self.token)
+        except ValueError:  # Its end has come in a copy of the context that it began in.
+            current.set(NOTHING if before is Token.MISSING else before)
+
+    def copy(self) -> dict[str, Any]:
+        """The scope itself, or a plain dict once it has ended.
+
+        Werkzeug's Local copies its dict before it writes. Here the write has to reach every context that the
+        request's code runs in, so the Local is handed the one dict there is.
+        """
+        return {} if self.state is ENDED else self
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name == "application" and self.session is not None and value is not self.get(name):
+            raise ScopeError(
+                f"local.application cannot become {value!r} while a session of {self.get(name)!r} is open:"
+                " call session.remove() first."
+            )
+        super().__setitem__(name, value)

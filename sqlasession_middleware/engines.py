@@ -1,0 +1,235 @@
+"""From a URL and options, or an Engine, to the engine of an application.
+
+An engine is made at its first use, but everything that can be known to be wrong with it is found out at once.
+Where the user said nothing SQLAlchemy's defaults stand, but for these, each of which hurts in a server:
+
+``pool_pre_ping`` is on for databases behind a network.
+    A server that was restarted, or a firewall that forgot an idle connection, would fail one request for each
+    pooled connection. The ping costs a round trip per request that uses the database.
+
+``sqlite://`` (``:memory:``) is one database for all threads.
+    SQLAlchemy gives each thread an empty one of its own. Here every connection of the engine opens the same
+    database of SQLite's ``memdb``, with transactions and locks of its own, for as long as the engine lives.
+
+An SQLite file in a folder that does not exist is refused.
+    It would fail at the first request instead, with "unable to open database file".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import URL, Dialect, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.pool import QueuePool
+
+from .errors import ConfigurationError, nearest
+from .settings import ENGINE_OPTIONS, check_types, copy_options
+
+__all__ = ["EngineSource"]
+
+#: The names that people write for a database in a URL and that are none of its dialects'.
+DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite", "oracle", "mssql", "cockroachdb")
+
+#: SQLite's memdb is shared between connections since 3.36.0 (SQLite's release history).
+MEMDB_SINCE = (3, 36, 0)
+
+_creating = threading.Lock()
+
+# Dialects of (driver, options) pairs that create_engine() has accepted: 10,000 applications on one kind of
+# database need not make 10,000 engines to find out that their options are right.
+_accepted: dict[Any, Dialect] = {}
+_ACCEPTED_AT_MOST = 256
+_PLAIN = (str, int, float, bool, type(None), type)
+
+
+class EngineSource:
+    """One engine: a given one, or the URL and options to make it from at first use.
+
+    :param bind: URL string, :class:`~sqlalchemy.engine.URL`, or :class:`~sqlalchemy.engine.Engine`.
+    :param options: of :func:`~sqlalchemy.create_engine`.
+    :raises ConfigurationError: if they cannot make an engine. Nothing is connected to.
+    """
+
+    __slots__ = ("_engine", "_options", "given", "url")
+
+    def __init__(self, bind: str | URL | Engine, options: Mapping[str, Any] | None = None) -> None:
+        self._engine: Engine | None = None
+        self._options: dict[str, Any] | None = None
+        #: whether the user made the engine, and so disposes of it
+        self.given = isinstance(bind, Engine)
+        if isinstance(bind, Engine):
+            if options:
+                raise ConfigurationError("engine_options", "cannot change an Engine that is made already: give a URL.")
+            self.url = bind.url
+            self._engine = bind
+            return
+        self.url = _parse_url(bind)
+        if options is not None:
+            self._options = _check_options(options)
+        if self._options and "pool" in self._options:
+            # A pool is told which engine it works for, so there cannot be one engine to try and another to use.
+            self._engine = self._make()
+        else:
+            self._check()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, made now if this is its first use."""
+        if self._engine is None:
+            with _creating:
+                if self._engine is None:
+                    self._engine = self._make()
+        return self._engine
+
+    def dispose(self) -> None:
+        """Close the pool, unless the user made the engine. The next use opens another one."""
+        if self._engine is not None and not self.given:
+            self._engine.dispose()
+
+    def __repr__(self) -> str:
+        # The query may hold secrets that SQLAlchemy does not know to be any (``?password=``, ``?sslpassword=``).
+        return self.url.set(query={}).render_as_string()
+
+    def _check(self) -> None:
+        url, options = self.url, self._options or {}
+        key = None
+        if "plugin" not in url.query and all(isinstance(value, _PLAIN) for value in options.values()):
+            key = (url.drivername, _is_memory(url), frozenset(options.items()))
+        dialect = _accepted.get(key)
+        if dialect is None:
+            dialect = self._make().dialect
+            if dialect.is_async:
+                raise ConfigurationError(
+                    "bind", f"names the driver {dialect.driver!r}, which is for asyncio: WSGI needs one that is not."
+                )
+            if key is not None and len(_accepted) < _ACCEPTED_AT_MOST:
+                _accepted[key] = dialect
+        else:
+            with _errors_explained(url, options):
+                dialect.create_connect_args(url)
+        if dialect.name == "sqlite":
+            _check_folder(url)
+
+    def _make(self) -> Engine:
+        url, options = self.url, dict(self._options or {})
+        memory = not {"creator", "pool", "poolclass"} & options.keys() and _is_memory(url)
+        if memory:
+            options["poolclass"] = QueuePool
+            options["connect_args"] = {"check_same_thread": False, **options.get("connect_args", {})}
+            if sqlite3.sqlite_version_info < MEMDB_SINCE:
+                # One connection, one request at a time: slower, but no request sees or undoes another's work.
+                options.update(pool_size=1, max_overflow=0)
+        elif "pool" not in options and url.get_backend_name() != "sqlite":
+            options.setdefault("pool_pre_ping", True)
+        with _errors_explained(url, options):
+            engine = create_engine(url, **options)
+        if memory and sqlite3.sqlite_version_info >= MEMDB_SINCE:
+            _share_memory(engine)
+        return engine
+
+
+def _is_memory(url: URL) -> bool:
+    return url.drivername in ("sqlite", "sqlite+pysqlite") and url.database in (None, "", ":memory:")
+
+
+def _share_memory(engine: Engine) -> None:
+    """Let all connections of ``engine`` open one in-memory database, which lives until the engine is disposed of."""
+    name = f"file:/{uuid4().hex}?vfs=memdb"
+    keepers: list[Any] = []  # SQLite drops the database with its last connection, and a pool may close any of its own.
+
+    @event.listens_for(engine, "do_connect")
+    def open_shared(dialect: Dialect, record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
+        arguments[0] = name
+        options["uri"] = True
+        if not keepers:
+            keepers.append(dialect.connect(*arguments, **options))
+
+    @event.listens_for(engine, "engine_disposed")
+    def drop(engine: Engine) -> None:
+        while keepers:
+            keepers.pop().close()
+
+
+def _check_folder(url: URL) -> None:
+    path = url.database
+    if not path or path == ":memory:" or path.startswith("file:"):
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise ConfigurationError(
+            "bind", f"names the SQLite file {path!r}, but there is no folder {folder!r}: create it, or mend the path."
+        )
+
+
+def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise ConfigurationError("engine_options", f"must be a dict, got {type(options).__name__}.")
+    check_types("engine_options", options, ENGINE_OPTIONS)
+    return {name: copy_options(value) for name, value in options.items()}
+
+
+def _parse_url(bind: object) -> URL:
+    if isinstance(bind, URL):
+        return bind
+    if not isinstance(bind, str):
+        raise ConfigurationError("bind", f"must be a URL string, a URL or an Engine, got {type(bind).__name__}.")
+    # Whatever cannot be parsed may hold a password anywhere, so none of it is repeated, and neither is the cause.
+    if "://" not in bind:
+        raise ConfigurationError(
+            "bind", f"must be a database URL such as 'sqlite:///shop.db', got {len(bind)} characters without '://'."
+        )
+    try:
+        return make_url(bind)
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            "bind",
+            "is no URL that SQLAlchemy can read: 'dialect+driver://user:password@host:port/database', with a port"
+            " that is a number and each of '@/:?#%' in the user or password percent-encoded.",
+        ) from None
+
+
+@contextmanager
+def _errors_explained(url: URL, options: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what SQLAlchemy says of a URL and options into an error that names the setting and hides secrets."""
+    try:
+        yield
+    except NoSuchModuleError:
+        dialect, _, driver = url.drivername.partition("+")
+        what, near = (f"the driver {driver!r} for {dialect}", ".") if driver else (f"the database {dialect!r}", "")
+        raise ConfigurationError(
+            "bind", f"names {what}, which SQLAlchemy has no dialect for{near or nearest(dialect, DIALECTS)}"
+        ) from None
+    except ImportError as error:
+        raise ConfigurationError(
+            "bind", f"needs the driver of {url.drivername!r}, which cannot be imported ({error}): install it."
+        ) from error
+    except Exception as error:
+        unknown = [name for name in options if isinstance(error, TypeError) and repr(name) in str(error)]
+        if unknown:
+            raise ConfigurationError(
+                "engine_options",
+                f"is not an option of create_engine() for {url.drivername}{nearest(unknown[0], ENGINE_OPTIONS)}",
+                unknown[0],
+            ) from None
+        text = _without_secrets(str(error), url, options)
+        raise ConfigurationError("bind", f"cannot make an engine of {url.drivername}: {text}") from None
+
+
+def _without_secrets(text: str, url: URL, options: Mapping[str, Any]) -> str:
+    arguments = {**url.query, **(options.get("connect_args") or {})}
+    secrets = [url.password, *(value for name, value in arguments.items() if re.search("pass|pwd|secret|token", name))]
+    for secret in secrets:
+        if secret:
+            for written in (str(secret), quote(str(secret), safe="")):
+                text = text.replace(written, "***")
+    return text

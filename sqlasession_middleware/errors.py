@@ -1,0 +1,51 @@
+"""The errors that this library raises by itself.
+
+Both say what was found and what to do next, and neither ever holds a password.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+__all__ = ["ConfigurationError", "ScopeError"]
+
+
+class ScopeError(RuntimeError):
+    """`session` was used where no application is bound, or after its request was over."""
+
+
+class ConfigurationError(ValueError):
+    """A setting of the middleware is wrong.
+
+    :param parameter: the constructor's parameter, ``"engine_options"``.
+    :param problem: the rest of the sentence, ``"must be a whole number, got 'ten'."``
+    :param key: the key inside of the parameter where it is a dict, ``"pool_size"``.
+    """
+
+    def __init__(self, parameter: str, problem: str, key: str | None = None) -> None:
+        super().__init__(parameter, problem, key)
+        self.parameter = parameter
+        self.problem = problem
+        self.key = key
+
+    def __str__(self) -> str:
+        name = self.parameter if self.key is None else f"{self.parameter}[{self.key!r}]"
+        return f"{name} {self.problem}"
+
+    def renamed(self, names: Mapping[str, str], place: str) -> ConfigurationError:
+        """The same error in the words of an ini file.
+
+        :param names: parameter -> the ini's key; one that ends in ``.`` is a prefix of the parameter's keys.
+        :param place: where the settings were found, ``" in shop.ini"``, or an empty string.
+        """
+        name = names.get(self.parameter, self.parameter)
+        if self.key is not None:
+            name += self.key
+        return ConfigurationError(f"{name!r}{place}", self.problem)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'pool_size'?"`` for a misspelt name, or a full stop where nothing is near."""
+    matches = get_close_matches(name, known, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else "."

@@ -1,0 +1,208 @@
+"""The middleware: it wraps a WSGI application and gives each of its requests one session.
+
+.. code-block:: python
+
+    from sqlasession_middleware import SQLASessionMiddleware, session
+
+    app = SQLASessionMiddleware(app, "postgresql+psycopg://localhost/shop")
+
+Inside the wrapped application, at any depth, ``session`` is the request's Session. It is opened at first use and
+closed when the response is closed; what was not committed is rolled back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Engine, MetaData
+from sqlalchemy.engine import URL
+from sqlalchemy.orm import Session
+
+from .closing import ScopeContext, finish, respond, respond_joined
+from .context import WAITING, Scope, current
+from .engines import EngineSource
+from .errors import ConfigurationError, nearest
+from .schema import create_tables, drop_tables, metadata
+from .settings import SESSION_OPTIONS, check_types, copy_options, ini_names, ini_place, read_settings
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = ["SQLASessionMiddleware"]
+
+
+class SQLASessionMiddleware:
+    """Wraps a WSGI application and owns its engine.
+
+    :param app: any WSGI application.
+    :param bind: the database: a URL string, a :class:`~sqlalchemy.engine.URL`, or an
+        :class:`~sqlalchemy.engine.Engine` that is used as it is and never disposed of.
+    :param engine_options: of :func:`sqlalchemy.create_engine`.
+    :param session_options: of :class:`sqlalchemy.orm.Session`; ``class_`` is the Session class itself.
+    :param metadata: the tables for :meth:`init_database`.
+    :raises ConfigurationError: if a setting is wrong. The database is not contacted for that.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        bind: str | URL | Engine,
+        *,
+        engine_options: Mapping[str, Any] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+        metadata: MetaData = metadata,
+    ) -> None:
+        if not callable(app):
+            raise ConfigurationError("app", f"must be a WSGI application, a callable, got {type(app).__name__}.")
+        if not isinstance(metadata, MetaData):
+            raise ConfigurationError(
+                "metadata", f"must be a MetaData, such as a declarative Base.metadata, got {type(metadata).__name__}."
+            )
+        self.app = app
+        self.metadata = metadata
+        self._source = EngineSource(bind, engine_options)
+        self._session_class, self._session_options = _read_session_options(session_options)
+
+    @classmethod
+    def from_config(
+        cls, app: WSGIApplication, config: Mapping[str, str], prefix: str = "sqlalchemy."
+    ) -> SQLASessionMiddleware:
+        """Build the middleware from an ini section.
+
+        :param config: a flat mapping of strings: ``sqlalchemy.url``, other ``sqlalchemy.*`` keys as
+            :func:`sqlalchemy.engine_from_config` takes them, ``session.*`` and ``metadata``.
+        :param prefix: what the engine's keys begin with.
+        :raises ConfigurationError: if a key is missing, unknown or wrong; it names the key and the file.
+        """
+        arguments = read_settings(config, prefix)
+        try:
+            return cls(app, **arguments)
+        except ConfigurationError as error:
+            raise error.renamed(ini_names(prefix), ini_place(config)) from error.__cause__
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        outer = current.get(None)
+        if isinstance(outer, Scope) and outer.state is WAITING:
+            # What a request left there that is between two steps, or was dropped: it did not call this one.
+            outer = None
+        if outer:
+            joined = self._open_scope_of(environ)
+            if joined is not None:
+                return self._join(joined, environ, start_response)
+        scope = Scope(self, environ)
+        scope.token = current.set(scope)
+        try:
+            body = self.app(environ, start_response)
+        except BaseException as error:
+            finish(scope, error=error)
+            raise
+        if _is_wrapped_file(body, environ):
+            finish(scope)
+            return body
+        if outer:
+            current.set(outer)
+        return respond(body, scope)
+
+    def _open_scope_of(self, environ: WSGIEnvironment) -> Scope | None:
+        """This application's scope for the same request, if the present call comes from inside of it."""
+        scope = current.get(None)
+        while isinstance(scope, Scope) and scope.environ is environ:
+            if scope.owner is self:
+                return scope
+            scope = scope.token.old_value
+        return None
+
+    def _join(self, scope: Scope, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        before = current.get()
+        if before is scope:
+            return self.app(environ, start_response)
+        current.set(scope)
+        try:
+            body = self.app(environ, start_response)
+        finally:
+            current.set(before)
+        return body if _is_wrapped_file(body, environ) else respond_joined(body, scope)
+
+    def context(self) -> ScopeContext:
+        """This application's scope outside of a request: in scripts, shells, workers and tests.
+
+        .. code-block:: python
+
+            with app.context() as session:
+                session.add(Guest(name="Ada"))
+                session.commit()
+        """
+        return ScopeContext(self)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, made at first use."""
+        return self._source.engine
+
+    @property
+    def database_engine(self) -> Engine:
+        """The engine, by the name that Werkzeug's pattern gave it."""
+        return self._source.engine
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """All engines by name; there is one, ``"default"``."""
+        return MappingProxyType({"default": self._source.engine})
+
+    def new_session(self, **options: Any) -> Session:
+        """A Session of this application that belongs to no scope: the caller closes it.
+
+        :param options: of the Session, over the application's ``session_options``.
+        """
+        return self._session_class(bind=self._source.engine, **{**self._session_options, **options})
+
+    def init_database(self) -> None:
+        """Create the tables of :attr:`metadata` that are not there yet. Needs no scope.
+
+        :warns UserWarning: if there are no tables, most likely because no module with models was imported yet.
+        """
+        create_tables(self.engine, self.metadata)
+
+    def drop_database(self) -> None:
+        """Drop the tables of :attr:`metadata`. Needs no scope."""
+        drop_tables(self.engine, self.metadata)
+
+    def dispose(self) -> None:
+        """Close the connections that are idle in the pool. An engine that was given is left alone."""
+        self._source.dispose()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.app!r} on {self._source!r}>"
+
+
+def _is_wrapped_file(body: object, environ: WSGIEnvironment) -> bool:
+    """Whether the server will send ``body`` by its own means, sendfile above all, if it finds it unchanged."""
+    wrapper = environ.get("wsgi.file_wrapper")
+    if wrapper is None:
+        return False
+    # uWSGI's is no class: it remembers the file that it is called with, and returns it.
+    return isinstance(body, wrapper) if isinstance(wrapper, type) else hasattr(body, "read")
+
+
+def _read_session_options(options: Mapping[str, Any] | None) -> tuple[type[Session], dict[str, Any]]:
+    if options is None:
+        return Session, {}
+    if not isinstance(options, Mapping):
+        raise ConfigurationError("session_options", f"must be a dict, got {type(options).__name__}.")
+    check_types("session_options", options, SESSION_OPTIONS)
+    kept = {name: copy_options(value) for name, value in options.items()}
+    session_class = kept.pop("class_", Session)
+    if not (isinstance(session_class, type) and issubclass(session_class, Session)):
+        raise ConfigurationError("session_options", f"must be a subclass of Session, got {session_class!r}.", "class_")
+    parameters = inspect.signature(session_class).parameters
+    for name in kept:
+        if name in ("bind", "binds"):
+            raise ConfigurationError("session_options", "is for the middleware to set: give it as 'bind'.", name)
+        if name not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+            raise ConfigurationError(
+                "session_options", f"is not an option of {session_class.__name__}{nearest(name, parameters)}", name
+            )
+    return session_class, kept

@@ -1,0 +1,181 @@
+"""``session``: the global scoped session, and how one Session is opened and removed.
+
+The registry behind it is the scope itself: one slot, no dict to forget a key in.
+"""
+
+from __future__ import annotations
+
+import logging
+from threading import Lock
+from typing import Any, cast
+
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
+
+from .context import ENDED, Scope, current
+from .errors import ScopeError
+
+__all__ = ["remove_session", "session"]
+
+logger = logging.getLogger(__name__)
+
+# Threads that share a scope (they were started with its context) must not open two sessions for it.
+_opening = Lock()
+
+
+class ShellScope(Scope):
+    """The scope behind ``local.application = app``, typed by hand.
+
+    Nobody closes a response here: it ends when the Local lets go of it (``local_manager.cleanup()``, another
+    thread's end), and what it holds is given back then.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values["application"])
+        self.update(values)
+
+    def __del__(self) -> None:
+        try:
+            remove_session(self)
+        except Exception:
+            logger.exception("The session of a dropped shell scope could not be closed")
+
+
+class ScopeRegistry(ScopedRegistry[Session]):
+    """Where ``session`` finds its Session: the slot of the current scope."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(open_session, current_scope)
+
+    def __call__(self) -> Session:
+        scope = current.get(None)
+        if isinstance(scope, Scope) and scope.session is not None:
+            return cast(Session, scope.session)
+        return self.createfunc()
+
+    def has(self) -> bool:
+        scope = current.get(None)
+        return isinstance(scope, Scope) and scope.session is not None
+
+    def set(self, obj: Session) -> None:
+        self.scopefunc().session = obj
+
+    def clear(self) -> None:
+        scope = current.get(None)
+        if isinstance(scope, Scope):
+            scope.session = None
+
+
+class ScopeSession(scoped_session[Session]):
+    """A :class:`~sqlalchemy.orm.scoped_session` whose scope is the request."""
+
+    def __init__(self) -> None:
+        super().__init__(cast("sessionmaker[Session]", new_session))
+        self.registry = ScopeRegistry()
+
+    def remove(self) -> None:
+        """Close the scope's Session, if one is open. The next use opens another one.
+
+        :raises Exception: what the Session's ``close()`` raised, after its connections were given back.
+        """
+        scope = current.get(None)
+        if isinstance(scope, Scope):
+            remove_session(scope)
+
+    def configure(self, **options: Any) -> None:
+        """Refused: sessions belong to an application, which has its own ``session_options``.
+
+        :raises ScopeError: always.
+        """
+        raise ScopeError(
+            f"session.configure({', '.join(options)}) would change the sessions of every application:"
+            " give 'session_options' to SQLASessionMiddleware instead."
+        )
+
+
+def current_scope() -> Scope:
+    """The scope that the calling code is in.
+
+    :raises ScopeError: if there is none, or if it has ended.
+    """
+    values = current.get(None)
+    if not isinstance(values, Scope):
+        if not values or "application" not in values:
+            raise ScopeError(
+                "No application is bound here, so 'session' has no scope:"
+                " run inside a request, or in 'with app.context():'."
+            )
+        values = ShellScope(values)
+        current.set(values)
+    if values.state is ENDED:
+        raise ScopeError(
+            "The request is over, so 'session' has no scope any more:"
+            " code that outlives its request runs in its own 'with app.context():'."
+        )
+    return values
+
+
+def new_session(**options: Any) -> Session:
+    """A Session of the current application that nobody will close but the caller.
+
+    :param options: of :class:`~sqlalchemy.orm.Session`, over the application's own ``session_options``.
+    """
+    owner: Any = current_scope().get("application")
+    if hasattr(owner, "new_session"):
+        return cast(Session, owner.new_session(**options))
+    if hasattr(owner, "database_engine"):
+        return Session(owner.database_engine, **options)
+    raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
+
+
+def open_session() -> Session:
+    """Open the current scope's Session, unless a thread that shares the scope has just done so."""
+    scope = current_scope()
+    with _opening:
+        if scope.session is None:
+            scope.session = new_session()
+        opened = cast(Session, scope.session)
+    if scope.state is ENDED:
+        # The request ended in another thread while this one was opening: its end may have seen no session.
+        remove_session(scope)
+        raise ScopeError("The request ended while 'session' was being opened.")
+    return opened
+
+
+def remove_session(scope: Scope) -> None:
+    """Take the Session out of its scope, then close it.
+
+    :raises BaseException: what ``close()`` raised. By then every connection that the Session held has been
+        invalidated and its place in the pool is free.
+    """
+    opened = cast("Session | None", scope.session)
+    if opened is None:
+        return
+    scope.session = None
+    transaction = opened.get_transaction()
+    try:
+        opened.close()
+    except BaseException:
+        # Session.close() forgets its transaction first and stops at the first connection whose rollback fails.
+        # What it was still holding is only known to that transaction, which has no public name for it.
+        if transaction is not None:
+            for connection, _, _, autoclose in set(transaction._connections.values()):
+                if autoclose and not connection.closed:
+                    _give_back(connection)
+        raise
+
+
+def _give_back(connection: Any) -> None:
+    try:
+        connection.invalidate()
+        connection.close()
+    except Exception:
+        logger.exception("A connection of a session that could not be closed was given up")
+
+
+#: The current scope's Session, opened at first use and removed with the scope.
+session: scoped_session[Session] = ScopeSession()

@@ -1,0 +1,207 @@
+"""From the strings of an ini section to the middleware's arguments, and the types that options must have.
+
+In: a flat mapping such as PasteDeploy hands to a filter. Out: keyword arguments. No engine is made here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.util import asbool
+
+from .errors import ConfigurationError, nearest
+
+__all__ = ["ENGINE_OPTIONS", "SESSION_OPTIONS", "check_types", "copy_options", "ini_names", "read_settings"]
+
+
+class Kind(NamedTuple):
+    """What an option may be.
+
+    :param name: completes "must be …".
+    :param types: what it is in Python; empty where anything goes.
+    :param parse: makes it from an ini's string, or raises; None where an ini cannot hold it.
+    """
+
+    name: str
+    types: tuple[type, ...]
+    parse: Callable[[str], Any] | None
+
+
+def _number(text: str) -> float:
+    return float(text) if "." in text else int(text)
+
+
+def _boolean_or_debug(text: str) -> bool | str:
+    return text if text == "debug" else bool(asbool(text))
+
+
+BOOLEAN = Kind("true or false", (bool,), asbool)
+ECHO = Kind("true, false or 'debug'", (bool, str), _boolean_or_debug)
+WHOLE = Kind("a whole number", (int,), int)
+SECONDS = Kind("a number of seconds", (int, float), _number)
+TEXT = Kind("a text", (), str)
+WORDS = Kind("names separated by commas", (), lambda text: [word.strip() for word in text.split(",")])
+DOTTED = Kind("the dotted name of something that can be imported, 'package.module:name'", (), resolve_name)
+MAPPING = Kind("a dict", (dict,), None)
+OBJECT = Kind("an object", (), None)
+
+#: The parameters of :func:`sqlalchemy.create_engine`. A dialect may know more.
+ENGINE_OPTIONS: Mapping[str, Kind] = {
+    "connect_args": MAPPING,
+    "creator": DOTTED,
+    "echo": ECHO,
+    "echo_pool": ECHO,
+    "enable_from_linting": BOOLEAN,
+    "execution_options": MAPPING,
+    "future": BOOLEAN,
+    "hide_parameters": BOOLEAN,
+    "implicit_returning": BOOLEAN,
+    "insertmanyvalues_page_size": WHOLE,
+    "isolation_level": TEXT,
+    "json_deserializer": DOTTED,
+    "json_serializer": DOTTED,
+    "label_length": WHOLE,
+    "logging_name": TEXT,
+    "max_identifier_length": WHOLE,
+    "max_overflow": WHOLE,
+    "module": DOTTED,
+    "paramstyle": TEXT,
+    "plugins": WORDS,
+    "pool": OBJECT,
+    "pool_events": OBJECT,
+    "pool_logging_name": TEXT,
+    "pool_pre_ping": BOOLEAN,
+    "pool_recycle": WHOLE,
+    "pool_reset_on_return": TEXT,
+    "pool_size": WHOLE,
+    "pool_timeout": SECONDS,
+    "pool_use_lifo": BOOLEAN,
+    "poolclass": DOTTED,
+    "query_cache_size": WHOLE,
+    "skip_autocommit_rollback": BOOLEAN,
+    "use_insertmanyvalues": BOOLEAN,
+}
+
+#: The parameters of :class:`sqlalchemy.orm.Session` that an application may set, and ``class_``.
+SESSION_OPTIONS: Mapping[str, Kind] = {
+    "autobegin": BOOLEAN,
+    "autoflush": BOOLEAN,
+    "class_": DOTTED,
+    "close_resets_only": BOOLEAN,
+    "enable_baked_queries": BOOLEAN,
+    "execution_options": MAPPING,
+    "expire_on_commit": BOOLEAN,
+    "info": MAPPING,
+    "join_transaction_mode": TEXT,
+    "query_cls": DOTTED,
+    "twophase": BOOLEAN,
+}
+
+#: An ini's keys, apart from those of the two tables: the constructor's parameter and what it must be.
+OTHER_SETTINGS: Mapping[str, Kind] = {"metadata": DOTTED}
+
+#: What PasteDeploy says of every ini. They say where it is and set nothing.
+PLACE_KEYS = ("here", "__file__")
+SESSION_PREFIX = "session."
+
+
+def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
+    """The constructor's arguments that an ini section stands for.
+
+    :param config: ``sqlalchemy.url``, the engine's and the session's options, ``metadata``; with PasteDeploy's
+        ``here`` a relative SQLite path is taken from that folder, with its ``__file__`` errors name the file.
+    :param prefix: what the engine's keys begin with, ``"sqlalchemy."``.
+    :raises ConfigurationError: if a key is missing, unknown, or not of its type.
+    """
+    place = ini_place(config)
+    known = {f"{prefix}url", *(prefix + name for name in ENGINE_OPTIONS), *OTHER_SETTINGS}
+    known.update(SESSION_PREFIX + name for name in SESSION_OPTIONS)
+    arguments: dict[str, Any] = {"engine_options": {}, "session_options": {}}
+    for key, value in config.items():
+        if key in PLACE_KEYS:
+            continue
+        setting = f"{key!r}{place}"
+        if not isinstance(value, str):
+            raise ConfigurationError(setting, f"must be a string, as in an ini file, got {type(value).__name__}.")
+        if key == f"{prefix}url":
+            arguments["bind"] = _from_folder(value, config.get("here"))
+        elif key.startswith(prefix):
+            option = key[len(prefix) :]
+            # What the table does not list may be the dialect's own: create_engine() will know.
+            arguments["engine_options"][option] = _parse(setting, value, ENGINE_OPTIONS.get(option, TEXT))
+        elif key.startswith(SESSION_PREFIX) and key[len(SESSION_PREFIX) :] in SESSION_OPTIONS:
+            option = key[len(SESSION_PREFIX) :]
+            arguments["session_options"][option] = _parse(setting, value, SESSION_OPTIONS[option])
+        elif key in OTHER_SETTINGS:
+            arguments[key] = _parse(setting, value, OTHER_SETTINGS[key])
+        else:
+            raise ConfigurationError(setting, f"is not a setting of this middleware{nearest(key, known)}")
+    if "bind" not in arguments:
+        raise ConfigurationError(
+            f"{prefix + 'url'!r}{place}", "is missing: set it to a database URL, 'sqlite:///%(here)s/shop.db'."
+        )
+    return arguments
+
+
+def ini_place(config: Mapping[str, str]) -> str:
+    """``" in shop.ini"``, or nothing where the settings come from no file."""
+    return f" in {config['__file__']}" if "__file__" in config else ""
+
+
+def ini_names(prefix: str) -> dict[str, str]:
+    """The ini's keys for the constructor's parameters, as :meth:`ConfigurationError.renamed` takes them."""
+    return {"bind": f"{prefix}url", "engine_options": prefix, "session_options": SESSION_PREFIX}
+
+
+def _parse(setting: str, text: str, kind: Kind) -> Any:
+    if kind.parse is None:
+        raise ConfigurationError(setting, f"must be {kind.name}, which an ini cannot hold: set it in Python.")
+    try:
+        return kind.parse(text.strip())
+    except Exception:
+        raise ConfigurationError(setting, f"must be {kind.name}, got {text!r}.") from None
+
+
+def _from_folder(text: str, folder: str | None) -> str | URL:
+    """A URL whose relative SQLite path is taken from the ini's folder instead of the process's."""
+    try:
+        url = make_url(text.strip())
+    except Exception:
+        return text  # The engine's own check says what is wrong with it.
+    path = url.database
+    if folder is None or url.get_backend_name() != "sqlite" or path in (None, "", ":memory:"):
+        return url
+    if path.startswith("file:") or os.path.isabs(path):
+        return url
+    return url.set(database=os.path.join(folder, path))
+
+
+def check_types(parameter: str, options: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    """Refuse options of a wrong type, which SQLAlchemy would find out about much later or not name.
+
+    :raises ConfigurationError: for the first one found.
+    """
+    for name, value in options.items():
+        kind = kinds.get(name)
+        if kind is None or not kind.types or value is None:
+            continue
+        # True is an int to Python, but nobody means a pool of True connections.
+        if not isinstance(value, kind.types) or (isinstance(value, bool) and bool not in kind.types):
+            raise ConfigurationError(parameter, f"must be {kind.name}, got {value!r}.", name)
+
+
+def copy_options(value: Any) -> Any:
+    """Copy dicts, lists and sets at every depth, and share what is in them.
+
+    Two applications built from one dict of options must not change each other's, but an SSL context or a creator
+    is neither copyable nor meant to be copied.
+    """
+    if type(value) is dict:
+        return {key: copy_options(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(copy_options(inner) for inner in value)
+    return value
