@@ -121,13 +121,13 @@ def _steps(body: Iterable[bytes], scope: Scope) -> Iterator[bytes]:
     get, running, waiting = current.get, RUNNING, WAITING
     rest = body
     try:
-        if get(None) is scope:
+        if get(None) is scope and scope.state is waiting:
             scope.state = running
             rest = iter(body)
             for chunk in rest:
                 scope.state = waiting
                 yield chunk
-                if get(None) is not scope:
+                if get(None) is not scope or scope.state is not waiting:
                     break
                 scope.state = running
             else:
@@ -145,7 +145,7 @@ def _visits(body: Iterable[bytes], scope: Scope) -> Iterator[bytes]:
     """Step through a body with ``scope`` current in each step, and the caller's again after it."""
     between = scope.state
     iterator: Iterator[bytes] | None = None
-    while scope.state is between:
+    while scope.state is not ENDED:
         before = current.get(NOTHING)
         current.set(scope)
         scope.state = RUNNING
