@@ -157,7 +157,7 @@ class SQLASessionMiddleware:
 
         :param options: of the Session, over the application's ``session_options``.
         """
-        return self._session_class(bind=self._source.engine, **{**self._session_options, **options})
+        return self._session_class(**{"bind": self._source.engine, **self._session_options, **options})
 
     def init_database(self) -> None:
         """Create the tables of :attr:`metadata` that are not there yet. Needs no scope.

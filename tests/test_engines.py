@@ -1,0 +1,370 @@
+"""Engines: from what, when, with which defaults, and what is said of those that cannot be (G7)."""
+
+from __future__ import annotations
+
+import gc
+import sqlite3
+import threading
+import traceback
+import tracemalloc
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from sqlalchemy import Column, Engine, Integer, MetaData, Table, create_engine, event, insert, make_url, select, text
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool, QueuePool, StaticPool
+
+from sqlasession_middleware import SQLASessionMiddleware, engines, session
+from sqlasession_middleware.errors import ConfigurationError
+from tests.wsgi import Environ, StartResponse, consume, environ, select_one
+from tests.wsgi import start_response as send_nothing
+
+SECRET = "hunter2-s3cret"
+numbers = Table("test_engines_number", MetaData(), Column("number", Integer, primary_key=True))
+
+
+def nothing(environ: Environ, start: StartResponse) -> Iterable[bytes]:
+    return [b"x"]
+
+
+def wrap(bind: Any, **options: Any) -> SQLASessionMiddleware:
+    return SQLASessionMiddleware(nothing, bind, **options)
+
+
+# (arguments, what the message has to say)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no text": ({"bind": None}, "bind must be a URL string, a URL or an Engine, got NoneType"),
+    "empty": ({"bind": ""}, "bind must be a database URL .* got 0 characters"),
+    "no scheme": ({"bind": f"me:{SECRET}@host/db"}, "bind must be a database URL .* without '://'"),
+    "unreadable": ({"bind": f"://me:{SECRET}@host/db"}, "bind is no URL that SQLAlchemy can read"),
+    "port": ({"bind": f"postgresql://me:@host:{SECRET}/db"}, "port that is a number"),
+    "old name": ({"bind": f"postgres://me:{SECRET}@host/db"}, "the database 'postgres'.* did you mean 'postgresql'"),
+    "unknown driver": ({"bind": f"postgresql+psycopgg://me:{SECRET}@h/db"}, "the driver 'psycopgg' for postgresql"),
+    "driver not installed": ({"bind": f"oracle+cx_oracle://me:{SECRET}@host/db"}, "needs the driver of 'oracle"),
+    "asyncio": ({"bind": f"postgresql+psycopg_async://me:{SECRET}@host/db"}, "is for asyncio"),
+    "password in SQLite": ({"bind": f"sqlite://me:{SECRET}@host/db"}, r"me:\*\*\*@host"),
+    "no folder": ({"bind": "sqlite:////no/such/folder/shop.db"}, "no folder '/no/such/folder'"),
+    "bad driver argument": ({"bind": f"sqlite:///x.db?timeout={SECRET}&password={SECRET}"}, "cannot make an engine"),
+    "engine option": ({"engine_options": {"pool_sise": 5}}, r"engine_options\['pool_sise'\].*did you mean 'pool_size'"),
+    "far from any": ({"engine_options": {"zzz": 5}}, r"engine_options\['zzz'\] is not an option .* for sqlite\.$"),
+    "not whole": ({"engine_options": {"pool_size": "ten"}}, r"\['pool_size'\] must be a whole number, got 'ten'"),
+    "not really whole": ({"engine_options": {"pool_size": True}}, "must be a whole number, got True"),
+    "not seconds": ({"engine_options": {"pool_timeout": "1s"}}, "must be a number of seconds, got '1s'"),
+    "not true": ({"engine_options": {"pool_pre_ping": "false"}}, "must be true or false, got 'false'"),
+    "engine options": ({"engine_options": "pool_size=5"}, "engine_options must be a dict, got str"),
+    "session option": (
+        {"session_options": {"autoflosh": 1}},
+        r"\['autoflosh'\].* of Session; did you mean 'autoflush'",
+    ),
+    "session bind": ({"session_options": {"bind": 1}}, r"\['bind'\] is for the middleware to set"),
+    "session class": ({"session_options": {"class_": dict}}, r"\['class_'\] must be a subclass of Session"),
+    "session type": ({"session_options": {"autoflush": "no"}}, r"\['autoflush'\] must be true or false, got 'no'"),
+    "session options": ({"session_options": ["autoflush"]}, "session_options must be a dict, got list"),
+    "metadata": ({"metadata": numbers}, "metadata must be a MetaData, .* got Table"),
+    "app": ({"app": None}, "app must be a WSGI application, a callable, got NoneType"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("parsed", [False, True], ids=["text", "URL"])
+def test_bad_setting_is_refused_at_construction(case: str, parsed: bool) -> None:
+    """The error names the setting, and no password is in it or in anything that its traceback shows."""
+    given, message = REFUSED[case]
+    arguments = {"app": nothing, "bind": "sqlite://", **given}
+    if parsed and isinstance(arguments["bind"], str) and "://" in arguments["bind"][1:]:
+        try:
+            arguments["bind"] = make_url(arguments["bind"])
+        except ValueError:
+            return
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        SQLASessionMiddleware(**arguments)
+    assert SECRET not in "".join(traceback.format_exception(caught.value, chain=True))
+    assert SECRET not in repr(caught.value)
+
+
+def test_unknown_option_is_refused_when_an_engine_like_it_was_accepted_before() -> None:
+    """Accepted options are remembered; a URL is checked each time."""
+    wrap("sqlite:///a.db?timeout=5")
+    with pytest.raises(ConfigurationError, match="cannot make an engine"):
+        wrap("sqlite:///a.db?timeout=soon")
+
+
+def test_engine_options_are_refused_for_an_engine() -> None:
+    with pytest.raises(ConfigurationError, match="cannot change an Engine"):
+        wrap(create_engine("sqlite://"), engine_options={"echo": True})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql+psycopg://me:{SECRET}@localhost/shop?sslpassword={SECRET}",
+        f"mysql+pymysql://me:{SECRET}@localhost/shop?password={SECRET}",
+    ],
+)
+def test_password_is_in_no_repr(url: str) -> None:
+    app = wrap(url)
+    assert "me:***@localhost/shop" in repr(app)
+    for thing in (app, app.context()):
+        assert SECRET not in repr(thing)
+
+
+def test_engine_is_made_at_first_use_and_once() -> None:
+    app = wrap("sqlite://")
+    consume(app(environ(), send_nothing))
+    with app.context():
+        pass
+    assert not [each for each in gc.get_objects() if isinstance(each, Engine) and each.url is app._source.url]
+    barrier = threading.Barrier(8)
+
+    def look(_: int) -> object:
+        barrier.wait(timeout=30)
+        return app.engine
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(look, range(8)))) == 1
+    assert app.engine is app.database_engine is app.engines["default"]
+    app.dispose()
+
+
+def test_request_that_does_not_touch_the_session_opens_nothing(database_url: str) -> None:
+    opened: list[Session] = []
+
+    class Watched(Session):
+        def __init__(self, **options: Any) -> None:
+            opened.append(self)
+            super().__init__(**options)
+
+    app = wrap(database_url, session_options={"class_": Watched})
+    connects: list[object] = []
+    event.listen(app.engine, "connect", lambda *arguments: connects.append(arguments))
+    consume(app(environ(), send_nothing))
+    assert (opened, connects) == ([], [])
+    with app.context():
+        select_one()
+    assert (len(opened), len(connects)) == (1, 1)
+    app.dispose()
+
+
+def test_given_engine_is_used_and_not_disposed_of(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url)
+    app = wrap(engine)
+    with app.context():
+        select_one()
+    assert app.engine is engine
+    assert engine.pool.checkedin() == 1
+    app.dispose()
+    assert engine.pool.checkedin() == 1
+    engine.dispose()
+
+
+def test_own_engine_is_disposed_of_and_usable_again(sqlite_url: str) -> None:
+    app = wrap(sqlite_url)
+    app.dispose()  # Nothing was made yet.
+    with app.context():
+        select_one()
+    assert app.engine.pool.checkedin() == 1
+    app.dispose()
+    assert app.engine.pool.checkedin() == 0
+    with app.context():
+        select_one()
+    app.dispose()
+
+
+def test_url_object_is_taken(sqlite_url: str) -> None:
+    app = wrap(make_url(sqlite_url))
+    assert app.engine.url == make_url(sqlite_url)
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "expected"),
+    [
+        ("postgresql+psycopg://localhost/shop", {}, True),
+        ("mariadb+pymysql://localhost/shop", {}, True),
+        ("mysql+pymysql://localhost/shop", {"pool_pre_ping": False}, False),
+        ("postgresql+psycopg://localhost/shop", {"poolclass": NullPool}, True),
+        ("sqlite:///shop.db", {}, False),
+        ("sqlite:///shop.db", {"pool_pre_ping": True}, True),
+    ],
+)
+def test_connections_are_pinged_on_network_databases(url: str, options: dict[str, Any], expected: bool) -> None:
+    assert wrap(url, engine_options=options).engine.pool._pre_ping is expected
+
+
+def test_request_works_after_the_server_dropped_the_idle_connection(server_url: str) -> None:
+    """What the ping is for."""
+    app = wrap(server_url, engine_options={"pool_size": 1})
+    which = "pg_backend_pid()" if "postgresql" in server_url else "connection_id()"
+    kill = "SELECT pg_terminate_backend({})" if "postgresql" in server_url else "KILL {}"
+    with app.context():
+        ident = session.execute(text(f"SELECT {which}")).scalar_one()
+    killer = create_engine(server_url)
+    with killer.connect() as connection:
+        connection.execute(text(kill.format(ident)))
+    killer.dispose()
+    with app.context():
+        assert session.execute(text(f"SELECT {which}")).scalar_one() != ident
+    app.dispose()
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite+pysqlite://"])
+@pytest.mark.parametrize("memdb", [True, False], ids=["memdb", "SQLite before memdb"])
+def test_memory_database_is_seen_by_every_thread(url: str, memdb: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not memdb:
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    app = wrap(url, metadata=numbers.metadata)
+    app.init_database()
+
+    def write(number: int) -> None:
+        with app.context():
+            session.execute(insert(numbers).values(number=number))
+            session.commit()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(20)))
+    with app.context():
+        assert len(session.execute(select(numbers)).all()) == 20
+    assert isinstance(app.engine.pool, QueuePool)
+    assert app.engine.pool.checkedout() == 0
+    assert app.engine.url == make_url(url)
+    app.dispose()
+
+
+def test_memory_database_keeps_transactions_apart() -> None:
+    """One connection for all, as others do it, would undo the writes of one request at the end of another."""
+    app = wrap("sqlite://", metadata=numbers.metadata)
+    app.init_database()
+    with app.context():
+        session.execute(insert(numbers).values(number=1))
+        with app.context():
+            session.connection()
+        session.commit()
+    with app.context():
+        assert session.execute(select(numbers.c.number)).scalars().all() == [1]
+    app.dispose()
+
+
+def test_memory_database_lives_when_a_connection_is_lost_and_ends_when_disposed_of() -> None:
+    app = wrap("sqlite://", metadata=numbers.metadata)
+    app.init_database()
+    with app.context():
+        session.connection().invalidate()
+    with app.context():
+        assert session.execute(select(numbers)).all() == []
+    app.dispose()
+    app.init_database()
+    app.drop_database()
+    app.dispose()
+
+
+def test_memory_databases_of_two_applications_are_two() -> None:
+    first, second = (wrap("sqlite://", metadata=numbers.metadata) for _ in range(2))
+    first.init_database()
+    with second.context(), pytest.raises(Exception, match="no such table"):
+        session.execute(select(numbers))
+    first.dispose()
+    second.dispose()
+
+
+@pytest.mark.parametrize("option", ["poolclass", "creator", "pool"])
+def test_pool_of_the_user_stands_for_a_memory_database(option: str) -> None:
+    def creator() -> sqlite3.Connection:
+        return sqlite3.connect(":memory:", check_same_thread=False)
+
+    values: dict[str, Any] = {"poolclass": StaticPool, "creator": creator, "pool": StaticPool(creator)}
+    app = wrap("sqlite://", engine_options={option: values[option]})
+    with app.context():
+        assert select_one() == 1
+    if option != "creator":
+        assert isinstance(app.engine.pool, StaticPool)
+    app.dispose()
+
+
+def test_uri_of_sqlite_is_the_users_own(tmp_path) -> None:
+    (tmp_path / "shop.db").touch()
+    app = wrap(f"sqlite:///file:{tmp_path}/shop.db?mode=ro&uri=true")
+    with app.context(), pytest.raises(Exception, match="readonly"):
+        session.execute(text("CREATE TABLE t (x)"))
+    app.dispose()
+
+
+def test_dict_of_options_is_nobody_elses(sqlite_url: str) -> None:
+    """Two applications built from one dict must not find each other's changes in it."""
+    statements: list[object] = []
+    options = {"connect_args": {"timeout": 5.0, "uri": False}, "execution_options": {"tags": [1, (2, {3})]}}
+    app = wrap(sqlite_url, engine_options=options)
+    options["connect_args"]["timeout"] = statements
+    options["execution_options"]["tags"].append(4)  # type: ignore[attr-defined]
+    info = {"by": ["one"]}
+    sessions = wrap(sqlite_url, session_options={"info": info})
+    info["by"].append("two")
+    with app.context():
+        select_one()
+    assert app.engine.get_execution_options()["tags"] == [1, (2, {3})]
+    with sessions.context():
+        assert session.info == {"by": ["one"]}
+    app.dispose()
+
+
+def test_session_options_reach_the_session(sqlite_url: str) -> None:
+    class Mine(Session):
+        def __init__(self, *, colour: str, **options: Any) -> None:
+            super().__init__(**options)
+            self.info["colour"] = colour
+
+    app = wrap(sqlite_url, session_options={"class_": Mine, "colour": "red", "expire_on_commit": False})
+    with app.context():
+        assert type(session()) is Mine
+        assert session.info["colour"] == "red"
+        assert session().expire_on_commit is False
+    with app.new_session(expire_on_commit=True) as own:
+        assert own.expire_on_commit is True
+        assert own.info["colour"] == "red"
+
+
+def test_tables_are_created_and_dropped_with_nothing_bound(database_url: str) -> None:
+    app = wrap(database_url, metadata=numbers.metadata)
+    app.init_database()
+    app.init_database()
+    with app.context():
+        assert session.execute(select(numbers)).all() == []
+    app.drop_database()
+    with app.context(), pytest.raises(Exception, match="test_engines_number"):
+        session.execute(select(numbers))
+    app.dispose()
+
+
+def test_init_database_warns_when_no_model_was_imported() -> None:
+    app = wrap("sqlite://", metadata=MetaData())
+    with pytest.warns(UserWarning, match="import the modules that define the models") as caught:
+        app.init_database()
+    assert caught[0].filename == __file__
+    app.dispose()
+
+
+def test_application_that_was_never_called_is_small() -> None:
+    """10,000 of them have to fit into one process: at most 4 KiB each."""
+    kept = [wrap(f"sqlite:///{number}.db") for number in range(100)]
+    gc.collect()
+    tracemalloc.start()
+    kept += [wrap(f"sqlite:///{number}.db") for number in range(100, 1100)]
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size / 1000 < 4096
+
+
+def test_accepted_options_are_remembered_only_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_accepted", {})
+    monkeypatch.setattr(engines, "_ACCEPTED_AT_MOST", 2)
+    for size in range(5):
+        wrap("sqlite:///x.db", engine_options={"pool_size": size + 1})
+    assert len(engines._accepted) == 2
+
+
+def test_construction_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap("sqlite://")
+        wrap("postgresql+psycopg://localhost/shop")
