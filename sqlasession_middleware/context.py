@@ -11,11 +11,14 @@ This is the only module that imports :mod:`werkzeug.local`.
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from werkzeug.local import Local, LocalManager, release_local
 
 from .errors import ScopeError
+
+if TYPE_CHECKING:
+    from .middleware import SQLASessionMiddleware
 
 __all__ = [
     "ENDED",
@@ -39,11 +42,14 @@ NOTHING: dict[str, Any] = {}
 
 local = Local(current)
 local_manager = LocalManager([local])
-application = local(
-    "application",
-    unbound_message=(
-        "No application is bound here: this code runs outside of a request, or its request is over."
-        " Run it inside a request, or in 'with app.context():'."
+application = cast(
+    "SQLASessionMiddleware",
+    local(
+        "application",
+        unbound_message=(
+            "No application is bound here: this code runs outside of a request, or its request is over."
+            " Run it inside a request, or in 'with app.context():'."
+        ),
     ),
 )
 

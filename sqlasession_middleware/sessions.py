@@ -120,16 +120,11 @@ def current_scope() -> Scope:
 
 
 def new_session(**options: Any) -> Session:
-    """A Session of the current application that nobody will close but the caller.
+    """A Session of the current application that belongs to no scope: the caller closes it.
 
     :param options: of :class:`~sqlalchemy.orm.Session`, over the application's own ``session_options``.
     """
-    owner: Any = current_scope().get("application")
-    if hasattr(owner, "new_session"):
-        return cast(Session, owner.new_session(**options))
-    if hasattr(owner, "database_engine"):
-        return Session(owner.database_engine, **options)
-    raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
+    return _session_of(current_scope(), options)
 
 
 def open_session() -> Session:
@@ -137,13 +132,23 @@ def open_session() -> Session:
     scope = current_scope()
     with _opening:
         if scope.session is None:
-            scope.session = new_session()
+            scope.session = _session_of(scope, {})
         opened = cast(Session, scope.session)
     if scope.state is ENDED:
         # The request ended in another thread while this one was opening: its end may have seen no session.
         remove_session(scope)
         raise ScopeError("The request ended while 'session' was being opened.")
     return opened
+
+
+def _session_of(scope: Scope, options: dict[str, Any]) -> Session:
+    owner: Any = scope.get("application")
+    make = getattr(owner, "new_session", None)
+    if make is not None:
+        return cast(Session, make(**options))
+    if hasattr(owner, "database_engine"):
+        return Session(owner.database_engine, **options)
+    raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
 
 
 def remove_session(scope: Scope) -> None:

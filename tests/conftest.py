@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import Engine, create_engine, text
 
 from sqlasession_middleware.context import NOTHING, current
 
@@ -56,6 +56,14 @@ DATABASES_SEEN = Databases()
 def sqlite_url(tmp_path) -> str:
     """A SQLite file of the test's own."""
     return f"sqlite:///{tmp_path}/test.db"
+
+
+@pytest.fixture
+def sqlite_engine(sqlite_url) -> Iterator[Engine]:
+    """An engine on a SQLite file of the test's own."""
+    engine = create_engine(sqlite_url)
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture(params=DATABASES)

@@ -194,9 +194,8 @@ def test_dropped_response_says_nothing_when_it_had_no_session(recwarn: pytest.Wa
     assert not recwarn.list
 
 
-def test_abandoned_request_is_overwritten_and_not_taken_for_an_outer_application(sqlite_url: str) -> None:
-    engine = create_engine(sqlite_url)
-    app = wrap(engine, "generator")
+def test_abandoned_request_is_overwritten_and_not_taken_for_an_outer_application(sqlite_engine: Engine) -> None:
+    app = wrap(sqlite_engine, "generator")
     abandoned = app(request("generator", []), send_nothing)
     take_one(abandoned)
     left = current.get()
@@ -206,9 +205,8 @@ def test_abandoned_request_is_overwritten_and_not_taken_for_an_outer_application
     close(other)
     with pytest.warns(ResourceWarning):
         del abandoned
-    assert_given_back(engine)
+    assert_given_back(sqlite_engine)
     assert dict(local) == {}
-    engine.dispose()
 
 
 def kill_connection(engine: Engine) -> None:
@@ -266,28 +264,25 @@ def test_application_error_is_seen_when_the_close_of_its_connection_fails_too(en
 
 
 def test_body_close_error_is_only_logged_when_a_step_has_failed(
-    sqlite_url: str, caplog: pytest.LogCaptureFixture
+    sqlite_engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Both(Chunks):
         def close(self) -> None:
             raise ValueError("in close()")
 
-    engine = create_engine(sqlite_url)
-
     def app(environ: Environ, start: StartResponse) -> Iterable[bytes]:
         local.mark = session()
         return Both("later step", LookupError("in a step"))
 
-    wrapped = SQLASessionMiddleware(app, engine)
+    wrapped = SQLASessionMiddleware(app, sqlite_engine)
     with pytest.raises(LookupError, match="in a step"):
         take_all(wrapped(environ(), send_nothing))
     assert [record.finisher for record in caplog.records] == ["the body's close()"]
-    assert_given_back(engine)
+    assert_given_back(sqlite_engine)
 
 
-def test_kill_during_the_cleanup_ends_the_request_and_goes_on_to_the_server(sqlite_url: str) -> None:
+def test_kill_during_the_cleanup_ends_the_request_and_goes_on_to_the_server(sqlite_engine: Engine) -> None:
     """A greenlet's kill may arrive while the session closes: it must be neither swallowed nor stop the cleanup."""
-    engine = create_engine(sqlite_url)
 
     class Killed(RecordedSession):
         def close(self) -> None:
@@ -297,18 +292,17 @@ def test_kill_during_the_cleanup_ends_the_request_and_goes_on_to_the_server(sqli
         select_one()
         return [b"x"]
 
-    wrapped = SQLASessionMiddleware(app, engine, session_options={"class_": Killed})
+    wrapped = SQLASessionMiddleware(app, sqlite_engine, session_options={"class_": Killed})
     result = wrapped(environ(), send_nothing)
     with pytest.raises(GreenletExit):
         result.close()
-    assert engine.pool.checkedout() == 0
+    assert sqlite_engine.pool.checkedout() == 0
     assert not session.registry.has()
     assert dict(local) == {}
 
 
-def test_session_opened_while_the_session_closes_is_closed_too(sqlite_url: str) -> None:
+def test_session_opened_while_the_session_closes_is_closed_too(sqlite_engine: Engine) -> None:
     """An event of the closing session may use the global one again."""
-    engine = create_engine(sqlite_url)
 
     closed: list[Session] = []
 
@@ -317,24 +311,23 @@ def test_session_opened_while_the_session_closes_is_closed_too(sqlite_url: str) 
             super().close()
             closed.append(self)
             if len(closed) == 1:
-                assert application.engine is engine
+                assert application.engine is sqlite_engine
                 select_one()
 
     def app(environ: Environ, start: StartResponse) -> Iterable[bytes]:
         select_one()
         return [b"x"]
 
-    wrapped = SQLASessionMiddleware(app, engine, session_options={"class_": Touching})
+    wrapped = SQLASessionMiddleware(app, sqlite_engine, session_options={"class_": Touching})
     wrapped(environ(), send_nothing).close()
-    assert_given_back(engine)
+    assert_given_back(sqlite_engine)
     assert len(closed) == 2
 
 
-def test_step_after_close_ends_the_iteration(sqlite_url: str) -> None:
-    engine = create_engine(sqlite_url)
+def test_step_after_close_ends_the_iteration(sqlite_engine: Engine) -> None:
     for kind in CODE_IN_STEPS:
-        result = wrap(engine, kind)(request(kind, []), send_nothing)
+        result = wrap(sqlite_engine, kind)(request(kind, []), send_nothing)
         take_one(result)
         close(result)
         assert next(result, None) is None
-    assert_given_back(engine)
+    assert_given_back(sqlite_engine)

@@ -80,7 +80,7 @@ class Chunks:
 def assert_given_back(engine: Engine) -> None:
     """No Session is registered or open, and no connection is out of the pool."""
     assert not session.registry.has()
-    assert [each for each in RecordedSession.opened if each.in_transaction()] == []
+    assert [each for each in RecordedSession.opened if each.bind is engine and each.in_transaction()] == []
     assert engine.pool.checkedout() == 0
 
 

@@ -1,0 +1,8 @@
+"""A guestbook: a small application that shows how sqlasession_middleware is used.
+
+Read ``models.py`` and ``app.py`` first, then ``development.ini``.
+"""
+
+from .factories import guestbook, mount
+
+__all__ = ["guestbook", "mount"]

@@ -1,0 +1,117 @@
+"""The guestbook: a list of entries, a form, and all of it as a CSV file.
+
+``session`` is the current request's Session. Nothing here opens or closes it, and what is not committed is undone.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from math import ceil
+
+from sqlalchemy import func, select
+from webob import Request, Response
+from webob.exc import HTTPBadRequest, HTTPMethodNotAllowed, HTTPNotFound, HTTPSeeOther
+
+from sqlasession_middleware import application, session
+
+from .forms import EntryForm
+from .models import Entry
+from .pages import Site
+
+PAGE_SIZE = 10
+EXPORT_BATCH = 500
+
+
+class Guestbook(Site):
+    """One guestbook. Where it keeps its entries is the middleware's business: see ``development.ini``."""
+
+    def __init__(self, title: str, color: str) -> None:
+        super().__init__(title, color)
+        self._tables_exist = False
+
+    def respond(self, request: Request) -> Response:
+        self._create_tables()
+        allowed = {"/": ("GET", "HEAD", "POST"), "/export.csv": ("GET", "HEAD")}.get(request.path_info)
+        if allowed is None:
+            raise HTTPNotFound("This guestbook has no such page.")
+        if request.method not in allowed:
+            raise HTTPMethodNotAllowed(headers={"Allow": ", ".join(allowed)})
+        if request.path_info == "/export.csv":
+            return export()
+        if request.method == "POST":
+            return self.sign(request)
+        return self.list_entries(request, EntryForm())
+
+    def list_entries(self, request: Request, form: EntryForm, status: int = 200) -> Response:
+        """One page of entries, newest first, under the form."""
+        count = session.scalar(select(func.count(Entry.id))) or 0
+        pages = max(1, ceil(count / PAGE_SIZE))
+        page = read_page_number(request, pages)
+        newest_first = select(Entry).order_by(Entry.id.desc())
+        entries = session.scalars(newest_first.limit(PAGE_SIZE).offset((page - 1) * PAGE_SIZE)).all()
+        return Response(
+            self.render(request, "guestbook.html", form=form, entries=entries, count=count, page=page, pages=pages),
+            status=status,
+        )
+
+    def sign(self, request: Request) -> Response:
+        """Add an entry, or show the form again with what is wrong in it."""
+        form = EntryForm.from_fields(read_fields(request))
+        if form.errors:
+            return self.list_entries(request, form, status=422)
+        entry = Entry(name=form.name, message=form.message)
+        session.add(entry)
+        session.commit()
+        # To another page: reloading this one would write the entry once more.
+        return HTTPSeeOther(location=f"{request.application_url}/#entry-{entry.id}")
+
+    def _create_tables(self) -> None:
+        """At the first request. Threads and processes that do this at once do not disturb each other."""
+        if not self._tables_exist:
+            application.init_database()
+            self._tables_exist = True
+
+
+def read_page_number(request: Request, pages: int) -> int:
+    text = request.GET.get("page", "1")
+    try:
+        page = int(text)
+    except ValueError:
+        page = 0
+    if not 1 <= page <= pages:
+        raise HTTPNotFound(f"This guestbook has no page {text!r}.")
+    return page
+
+
+def read_fields(request: Request) -> dict[str, object]:
+    try:
+        return dict(request.POST.items())
+    except (ValueError, DeprecationWarning):  # WebOb raises the warning for a form that is not in UTF-8.
+        raise HTTPBadRequest("The form could not be read.") from None
+
+
+def export() -> Response:
+    """All entries, oldest first. They are read while they are sent, so they need not fit into memory."""
+    return Response(
+        app_iter=csv_chunks(),
+        content_type="text/csv",
+        charset="utf-8",
+        content_disposition='attachment; filename="guestbook.csv"',
+    )
+
+
+def csv_chunks() -> Iterator[bytes]:
+    # The server steps through this after the application has returned. The session is open until the last step.
+    yield csv_lines([("written", "name", "message")])
+    oldest_first = select(Entry).order_by(Entry.id).execution_options(yield_per=EXPORT_BATCH)
+    with session.scalars(oldest_first) as entries:  # A reader who goes away leaves this block with the body's close().
+        for batch in entries.partitions():
+            yield csv_lines([(f"{entry.written.isoformat()}Z", entry.name, entry.message) for entry in batch])
+
+
+def csv_lines(rows: list[tuple[str, str, str]]) -> bytes:
+    lines = io.StringIO(newline="")
+    csv.writer(lines).writerows(rows)
+    return lines.getvalue().encode()
