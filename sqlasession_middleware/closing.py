@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy.orm import Session, scoped_session
 from werkzeug.wsgi import ClosingIterator
@@ -26,30 +26,91 @@ __all__ = ["ScopeContext", "ScopeIterator", "finish", "respond", "respond_joined
 logger = logging.getLogger(__name__)
 
 
+# Not None: an application that yields that by mistake gets the server's error for it.
+_END = cast(bytes, object())
+
+
 class ScopeIterator(ClosingIterator):
     """The body of a response, and the owner of its scope.
 
     :param body: what the application returned.
     :param scope: current in each step, and in ``close()``.
-    :param steps: the body's chunks. It must not refer to this object: a response that is dropped has to go at
-        once, without waiting for the garbage collector to find a cycle.
     """
 
-    # Werkzeug's constructor calls iter(body), which is the application's code and may raise before there is
-    # anyone to clean up. What it would have set is not needed: all of its methods are here.
-    __slots__ = ("_body", "_scope", "_steps")
+    __slots__ = ("_body", "_iterator", "_scope")
 
-    def __init__(self, body: Iterable[bytes], scope: Scope, steps: Iterator[bytes]) -> None:
+    # Werkzeug's constructor calls iter(body), which is the application's code and may raise before there is anyone
+    # to clean up. What it would have set is not needed: all of its methods are here.
+    def __init__(self, body: Iterable[bytes], scope: Scope) -> None:
         self._body = body
         self._scope = scope
-        self._steps = steps
+        self._iterator: Iterator[bytes] | None = None
 
-    # A server that asks for the iterator gets the steps themselves and saves a call for each chunk.
     def __iter__(self) -> Iterator[bytes]:  # type: ignore[override]  # Werkzeug's says "itself"
-        return self._steps
+        """Step through the body; where a step raises, the scope ends there and then.
+
+        A generator, because that is the fastest that a server can step through. It refers to this object, which so
+        lives for as long as it is stepped through, and this object does not refer to it, so that a response that is
+        dropped goes at once, without waiting for the garbage collector to find a cycle.
+
+        A scope that found nobody else's on the Local stays there between two steps: in the usual case a step costs
+        one look. From the first step on that finds something else there (another thread or context, another
+        request, an outer application) each step is a visit.
+        """
+        scope, get, running, waiting = self._scope, current.get, RUNNING, WAITING
+        try:
+            if get(None) is scope and scope.state is waiting:
+                scope.state = running
+                for chunk in self._iterate():
+                    scope.state = waiting
+                    yield chunk
+                    if get(None) is not scope or scope.state is not waiting:
+                        break
+                    scope.state = running
+                else:
+                    scope.state = waiting
+                    return
+            while (visited := self._visit()) is not _END:
+                yield visited
+        except BaseException as error:
+            # Raised while it is waiting, the error is not the application's: this generator is being dropped.
+            if scope.state is RUNNING:
+                self._fail(error)
+            raise
 
     def __next__(self) -> bytes:
-        return next(self._steps)
+        try:
+            chunk = self._visit()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        if chunk is _END:
+            raise StopIteration
+        return chunk
+
+    def _iterate(self) -> Iterator[bytes]:
+        if self._iterator is None:
+            self._iterator = iter(self._body)
+        return self._iterator
+
+    def _visit(self) -> bytes:
+        """Take a step with the scope current in it, and the caller's again after it; ``_END`` at the end."""
+        scope = self._scope
+        between = scope.state
+        if between is ENDED:
+            return _END
+        before = current.get(NOTHING)
+        current.set(scope)
+        scope.state = RUNNING
+        try:
+            chunk = next(self._iterate(), _END)
+        finally:
+            current.set(before)
+        scope.state = between
+        return chunk
+
+    def _fail(self, error: BaseException) -> None:
+        finish(self._scope, self._body, error)
 
     def close(self) -> None:
         """End the scope; a second call does nothing.
@@ -68,12 +129,31 @@ class ScopeIterator(ClosingIterator):
 class SizedScopeIterator(ScopeIterator):
     """The same for a body with a length: servers derive the Content-Length from it."""
 
+    __slots__ = ()
+
     def __len__(self) -> int:
         return len(self._body)  # type: ignore[arg-type]  # respond() has looked
 
 
+class ListScopeIterator(SizedScopeIterator):
+    """The same for a list or tuple: no code of the application runs while a server steps through it."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[bytes]:  # type: ignore[override]
+        return self._iterate()
+
+    def __next__(self) -> bytes:
+        return next(self._iterate())
+
+
 class JoinedIterator(ScopeIterator):
     """A body that runs in a scope which another response owns and will end."""
+
+    __slots__ = ()
+
+    def _fail(self, error: BaseException) -> None:
+        """Nothing: it goes on to the response that owns the scope."""
 
     def close(self) -> None:
         close = getattr(self._body, "close", None)
@@ -93,73 +173,24 @@ class JoinedIterator(ScopeIterator):
 class SizedJoinedIterator(JoinedIterator, SizedScopeIterator):
     """Both."""
 
+    __slots__ = ()
+
 
 def respond(body: Iterable[bytes], scope: Scope) -> ScopeIterator:
     """Make ``scope`` current in ``body`` and end it with the response."""
     scope.state = WAITING
     if type(body) is list or type(body) is tuple:
-        # No code of the application runs while a server steps through these.
-        return SizedScopeIterator(body, scope, iter(body))
+        return ListScopeIterator(body, scope)
     if hasattr(body, "__len__"):
-        return SizedScopeIterator(body, scope, _steps(body, scope))
-    return ScopeIterator(body, scope, _steps(body, scope))
+        return SizedScopeIterator(body, scope)
+    return ScopeIterator(body, scope)
 
 
 def respond_joined(body: Iterable[bytes], scope: Scope) -> ScopeIterator:
     """Make ``scope`` current in ``body``, which is a part of the response that will end it."""
-    kind = SizedJoinedIterator if hasattr(body, "__len__") else JoinedIterator
-    return kind(body, scope, _visits(body, scope))
-
-
-def _steps(body: Iterable[bytes], scope: Scope) -> Iterator[bytes]:
-    """Step through the body of a waiting scope; where a step raises, the scope ends there and then.
-
-    A scope that found nobody else's on the Local stays there between two steps, so in the usual case a step costs
-    one look. From the first step on that finds something else there (another thread or context, another request,
-    an outer application) each step is a visit.
-    """
-    get, running, waiting = current.get, RUNNING, WAITING
-    rest = body
-    try:
-        if get(None) is scope and scope.state is waiting:
-            scope.state = running
-            rest = iter(body)
-            for chunk in rest:
-                scope.state = waiting
-                yield chunk
-                if get(None) is not scope or scope.state is not waiting:
-                    break
-                scope.state = running
-            else:
-                scope.state = waiting
-                return
-        yield from _visits(rest, scope)
-    except BaseException as error:
-        # Raised while it is waiting, the error is not the application's: this generator is being dropped.
-        if scope.state is RUNNING:
-            finish(scope, body, error)
-        raise
-
-
-def _visits(body: Iterable[bytes], scope: Scope) -> Iterator[bytes]:
-    """Step through a body with ``scope`` current in each step, and the caller's again after it."""
-    between = scope.state
-    iterator: Iterator[bytes] | None = None
-    while scope.state is not ENDED:
-        before = current.get(NOTHING)
-        current.set(scope)
-        scope.state = RUNNING
-        try:
-            if iterator is None:
-                iterator = iter(body)
-            chunk = next(iterator)
-        except StopIteration:
-            scope.state = between
-            return
-        finally:
-            current.set(before)
-        scope.state = between
-        yield chunk
+    if hasattr(body, "__len__"):
+        return SizedJoinedIterator(body, scope)
+    return JoinedIterator(body, scope)
 
 
 def finish(scope: Scope, body: object = None, error: BaseException | None = None) -> None:

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from sqlasession_middleware import SQLASessionMiddleware, application, local, local_manager, session
 from sqlasession_middleware.closing import ScopeContext
 from sqlasession_middleware.context import Scope, current
+from sqlasession_middleware.errors import ScopeError
 from tests.wsgi import Environ, StartResponse, consume, environ, select_one, start_response
 
 
@@ -68,6 +70,7 @@ class Request(Owner):
         self.body = body
         self.action: Callable[[], None] | None = None
         self.result: Any = None
+        self.steps: Any = None
         self.running = False
 
     def run(self) -> None:
@@ -140,7 +143,7 @@ class Requests(RuleBasedStateMachine):
         request.action = action
         self.running.append(request)
         try:
-            assert next(request.result) == b"x"
+            assert next(request.steps) == b"x"
         finally:
             self.running.pop()
 
@@ -154,10 +157,11 @@ class Requests(RuleBasedStateMachine):
             assert values.get("application") is (seen and seen.app)
             assert values.get("mark") is (seen and seen.mark)
 
-    def call(self, app: SQLASessionMiddleware, body: str, uses_session: bool) -> None:
+    def call(self, app: SQLASessionMiddleware, body: str, uses_session: bool, by_iter: bool) -> None:
         request = Request(app, body, uses_session)
         request.before = self.seen
         request.result = app(environ(**{"test.request": request}), start_response)
+        request.steps = iter(request.result) if by_iter else request.result
         in_context = self.seen is not None and self.seen.open and not isinstance(self.seen, Request)
         if not self.running and not in_context:
             self.seen = request
@@ -165,7 +169,7 @@ class Requests(RuleBasedStateMachine):
         self.look()
 
     def step(self, request: Request) -> None:
-        next(iter(request.result), None)
+        next(request.steps, None)
         self.look()
 
     def close(self, request: Request) -> None:
@@ -179,9 +183,9 @@ class Requests(RuleBasedStateMachine):
         leaks = request.session is not None
         if leaks:
             with pytest.warns(ResourceWarning):
-                request.result = None
+                request.result = request.steps = None
         else:
-            request.result = None
+            request.result = request.steps = None
         self.ended(request)
         self.look()
 
@@ -191,7 +195,7 @@ class Requests(RuleBasedStateMachine):
 
         request.action = action
         with pytest.raises(ApplicationError):
-            next(iter(request.result))
+            next(request.steps)
         self.ended(request)
         self.look()
 
@@ -210,9 +214,16 @@ class Requests(RuleBasedStateMachine):
     places = st.integers(-2, 5)
     picks = st.integers(0, 20)
 
-    @rule(place=places, app=st.integers(0, 2), body=st.sampled_from(["list", "generator"]), uses=st.booleans())
-    def calls(self, place: int, app: int, body: str, uses: bool) -> None:
-        self.inside(place, lambda: self.call(self.apps[app], body, uses))
+    @rule(
+        place=places,
+        app=st.integers(0, 2),
+        body=st.sampled_from(["list", "generator"]),
+        uses=st.booleans(),
+        by_iter=st.booleans(),
+    )
+    def calls(self, place: int, app: int, body: str, uses: bool, by_iter: bool) -> None:
+        """Servers ask for the iterator or call ``next()`` on the response."""
+        self.inside(place, lambda: self.call(self.apps[app], body, uses, by_iter))
 
     def one_of(self, place: int, pick: int, act: Callable[[Request], None], only: str | None = None) -> None:
         def action() -> None:
@@ -421,6 +432,22 @@ def test_scope_is_right_when_the_body_is_stepped_elsewhere(
     assert left == [{}] * 6
     assert app.engine.pool.checkedout() == 0
     app.dispose()
+
+
+def test_body_is_not_resumed_when_it_was_closed_elsewhere(sqlite_engine: Engine) -> None:
+    """The context of the call still has the ended scope; it must not come to life again there."""
+    app = SQLASessionMiddleware(streaming(5, lambda: None), sqlite_engine)
+    caller = contextvars.Context()
+    result = caller.run(app, environ(**{"test.name": "x", "test.app": app.app}), start_response)
+    steps = iter(result)
+    assert caller.run(next, steps) == b"x"
+    in_new_context(result.close)
+    assert caller.run(next, steps, None) is None
+    assert caller.run(next, result, None) is None
+    assert caller.run(dict, local) == {}
+    with pytest.raises(ScopeError, match="The request is over"):
+        caller.run(session)
+    consume(caller.run(app, environ(**{"test.name": "y", "test.app": app.app}), start_response))
 
 
 def test_other_context_variables_are_left_alone(sqlite_url: str) -> None:

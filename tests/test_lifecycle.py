@@ -188,6 +188,22 @@ def test_dropped_response_frees_the_connection_when_close_is_never_called(
     assert dict(local) == {}
 
 
+def test_scope_lasts_when_only_the_iterator_is_kept(engine: Engine) -> None:
+    """``for chunk in app(environ, start_response)`` in some middleware keeps nothing else."""
+    checked_out: list[int] = []
+
+    def step_through(result: Iterable[bytes]) -> None:
+        iterator = iter(result)
+        del result
+        checked_out.extend(engine.pool.checkedout() for _ in iterator)
+
+    with pytest.warns(ResourceWarning, match="dropped with its session open"):
+        step_through(wrap(engine, "generator")(request("generator", []), send_nothing))
+    assert checked_out == [1, 1, 1]
+    assert_given_back(engine)
+    assert dict(local) == {}
+
+
 def test_dropped_response_says_nothing_when_it_had_no_session(recwarn: pytest.WarningsRecorder) -> None:
     app = SQLASessionMiddleware(lambda environ, start: [b"x"], "sqlite://")
     take_all(app(environ(), send_nothing))
@@ -330,4 +346,5 @@ def test_step_after_close_ends_the_iteration(sqlite_engine: Engine) -> None:
         take_one(result)
         close(result)
         assert next(result, None) is None
+        assert next(iter(result), None) is None
     assert_given_back(sqlite_engine)
