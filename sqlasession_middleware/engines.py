@@ -166,9 +166,8 @@ def _check_folder(url: URL) -> None:
         return
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise ConfigurationError(
-            "bind", f"names the SQLite file {path!r}, but there is no folder {folder!r}: create it, or mend the path."
-        )
+        text = f"names the SQLite file {path!r}, but there is no folder {folder!r}: create it, or mend the path."
+        raise ConfigurationError("bind", _without_secrets(text, url, {}))
 
 
 def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,33 +202,44 @@ def _errors_explained(url: URL, options: Mapping[str, Any]) -> Iterator[None]:
     """Turn what SQLAlchemy says of a URL and options into an error that names the setting and hides secrets."""
     try:
         yield
-    except NoSuchModuleError:
-        dialect, _, driver = url.drivername.partition("+")
-        what, near = (f"the driver {driver!r} for {dialect}", ".") if driver else (f"the database {dialect!r}", "")
-        raise ConfigurationError(
-            "bind", f"names {what}, which SQLAlchemy has no dialect for{near or nearest(dialect, DIALECTS)}"
-        ) from None
-    except ImportError as error:
-        raise ConfigurationError(
-            "bind", f"needs the driver of {url.drivername!r}, which cannot be imported ({error}): install it."
-        ) from error
     except Exception as error:
-        unknown = [name for name in options if isinstance(error, TypeError) and repr(name) in str(error)]
-        if unknown:
-            raise ConfigurationError(
-                "engine_options",
-                f"is not an option of create_engine() for {url.drivername}{nearest(unknown[0], ENGINE_OPTIONS)}",
-                unknown[0],
-            ) from None
         text = _without_secrets(str(error), url, options)
+        guilty = _find_guilty_option(url, options, text)
+        if guilty is not None:
+            problem = f"is refused by create_engine() for {url.drivername}: {text}"
+            if isinstance(error, TypeError) and guilty not in ENGINE_OPTIONS:
+                problem = f"is not an option of create_engine() for {url.drivername}{nearest(guilty, ENGINE_OPTIONS)}"
+            raise ConfigurationError("engine_options", problem, guilty) from None
+        if isinstance(error, NoSuchModuleError):
+            dialect, _, driver = url.drivername.partition("+")
+            what = f"the driver {driver!r} for {dialect}" if driver else f"the database {dialect!r}"
+            near = "." if driver else nearest(dialect, DIALECTS)
+            raise ConfigurationError("bind", f"names {what}, which SQLAlchemy has no dialect for{near}") from None
+        if isinstance(error, ImportError):
+            problem = f"needs the driver of {url.drivername!r}, which cannot be imported ({text}): install it."
+            raise ConfigurationError("bind", problem) from error
         raise ConfigurationError("bind", f"cannot make an engine of {url.drivername}: {text}") from None
 
 
+def _find_guilty_option(url: URL, options: Mapping[str, Any], text: str) -> str | None:
+    """The option without which the engine can be made: SQLAlchemy's errors do not always name it."""
+    for name in sorted(options, key=lambda name: repr(name) not in text):
+        try:
+            create_engine(url, **{other: value for other, value in options.items() if other != name})
+        except Exception:
+            continue
+        return name
+    return None
+
+
 def _without_secrets(text: str, url: URL, options: Mapping[str, Any]) -> str:
-    arguments = {**url.query, **(options.get("connect_args") or {})}
-    secrets = [url.password, *(value for name, value in arguments.items() if re.search("pass|pwd|secret|token", name))]
-    for secret in secrets:
-        if secret:
-            for written in (str(secret), quote(str(secret), safe="")):
-                text = text.replace(written, "***")
-    return text
+    """``text`` with stars for all that may be a password: where one belongs, and where one is put by mistake."""
+    secrets = {str(url.password or "")}
+    for name, value in (*url.normalized_query.items(), *(options.get("connect_args") or {}).items()):
+        for each in value if isinstance(value, tuple) else (value,):
+            pieces = [str(each), *re.split("[:;,@/]", str(each))]
+            secrets.update(piece for piece in pieces if len(piece) > 3 or re.search("pass|pwd|secret|token", name))
+    for secret in sorted(secrets - {""}, key=len, reverse=True):
+        for written in (secret, quote(secret, safe="")):
+            text = text.replace(written, "***")
+    return re.sub(r":[^:@/\s]+@", ":***@", text)
