@@ -316,8 +316,9 @@ class PreservedContext(threading.local):
     session or connection may live in it between two of them.
     """
 
-    def __init__(self, scope: Scope) -> None:
-        self._arguments = scope.owner, dict(scope)
+    # Called in each thread anew, with what it was first called with: a scope would have ended since.
+    def __init__(self, owner: Any, values: dict[str, Any]) -> None:
+        self._arguments = owner, values
 
     def __enter__(self) -> None:
         self._context = ScopeContext(*self._arguments)
@@ -328,7 +329,11 @@ class PreservedContext(threading.local):
 
 
 def _preserve(scope: Scope, error: BaseException) -> None:
-    if scope.environ is not None and isinstance(error, Exception):
-        preserve = scope.environ.get("werkzeug.debug.preserve_context")
-        if preserve is not None:
-            preserve(PreservedContext(scope))
+    """Tell Werkzeug's debugger, if it is outside, how to come back into this scope."""
+    environ = scope.environ
+    if environ is None or "werkzeug.debug.preserve_context" not in environ or not isinstance(error, Exception):
+        return
+    # The debugger opens at the frame that raised, which is the innermost application's: that one comes first.
+    if environ.get("sqlasession.preserved") is not error:
+        environ["sqlasession.preserved"] = error
+        environ["werkzeug.debug.preserve_context"](PreservedContext(scope.owner, dict(scope)))
