@@ -1,0 +1,265 @@
+"""Real servers as subprocesses, and clients for them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gunicorn
+
+from .served import CHUNK, STREAM_STEPS, THREADS
+
+ROOT = Path(__file__).parents[2]
+MODULE = "tests.integration.served"
+#: For whatever has to happen soon: long, because it is only waited for where something is wrong.
+PATIENCE = 20.0
+
+Command = Callable[[int], list[str]]
+
+
+def own_command(name: str) -> Command:
+    return lambda port: [sys.executable, "-m", MODULE, name, str(port)]
+
+
+def gunicorn_command(worker: str, *options: str) -> Command:
+    # Its control socket has one place for all the user's servers.
+    control = ["--no-control-socket"] if gunicorn.version_info >= (25, 1) else []
+    return lambda port: [
+        *(sys.executable, "-m", "gunicorn", f"{MODULE}:app", "--bind", f"127.0.0.1:{port}"),
+        *("--workers", "1", "--worker-class", worker, "--graceful-timeout", "1", *options, *control),
+    ]
+
+
+def uwsgi_command(port: int) -> list[str]:
+    return [
+        *(os.path.join(sysconfig.get_path("scripts"), "uwsgi"), "--http-socket", f"127.0.0.1:{port}"),
+        *("--home", sys.prefix, "--pythonpath", str(ROOT), "--module", f"{MODULE}:app", "--need-app"),
+        # A reader that waits longer than four seconds is gone otherwise.
+        *("--threads", str(THREADS), "--socket-timeout", "60", "--die-on-term"),
+    ]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A server to test.
+
+    :param streams: how many it can have open at once while it still answers others.
+    :param file_wrapper: whether it has a ``wsgi.file_wrapper``.
+    :param hangs_up: whether it closes a connection that its answer did not say it would.
+    """
+
+    name: str
+    command: Command
+    streams: int = THREADS - 2
+    file_wrapper: bool = False
+    hangs_up: bool = False
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("waitress", own_command("waitress"), file_wrapper=True),
+        Kind("gunicorn-sync", gunicorn_command("sync"), streams=0, file_wrapper=True),
+        Kind("gunicorn-gthread", gunicorn_command("gthread", "--threads", str(THREADS)), file_wrapper=True),
+        Kind("gunicorn-gevent", gunicorn_command("gevent"), file_wrapper=True),
+        Kind("uwsgi", uwsgi_command, file_wrapper=True, hangs_up=True),
+        Kind("cheroot", own_command("cheroot")),
+        Kind("werkzeug", own_command("werkzeug")),
+        Kind("a2wsgi", own_command("a2wsgi")),
+    )
+}
+
+
+@dataclass
+class Server:
+    """One running server."""
+
+    kind: Kind
+    database: str
+    log: Path
+    settings: dict[str, Any]
+    port: int = 0
+    failures: int = 0
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def start(self) -> None:
+        """Return when it answers.
+
+        :raises RuntimeError: if it ends, or does not answer in time.
+        """
+        self.port = free_port()
+        environ = {**os.environ, "SERVED": json.dumps(self.settings), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.kind.command(self.port),
+                cwd=ROOT,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + PATIENCE
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                assert self.admin()["token"] == self.settings["token"]
+                return
+            time.sleep(0.02)
+        self.stop()
+        raise RuntimeError(f"{self.kind.name} does not answer:\n{self.log.read_text(errors='replace')}")
+
+    def stop(self) -> None:
+        """End it and its workers, by force if need be."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def admin(self) -> dict[str, Any]:
+        head, body = split(self.raw("GET", "/admin/"))
+        assert b" 200 " in head.splitlines()[0], head
+        found: dict[str, Any] = json.loads(body)
+        return found
+
+    def wait_for(self, **expected: Any) -> dict[str, Any]:
+        """Ask the admin route until it says what is expected, or say what it says instead."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            found = self.admin()
+            seen = {name: found[name.replace("_", " ")] for name in expected}
+            if seen == expected:
+                return found
+            assert time.monotonic() < deadline, f"expected {expected}, found {found}"
+            time.sleep(0.02)
+
+    def wait_until_idle(self, failures: int = 0) -> dict[str, Any]:
+        """No connection is in use, no body open, no Session open or even there, and no request found anything amiss.
+
+        :param failures: how many finishers have failed since the last time.
+        """
+        found = self.wait_for(checked_out={"a": 0, "b": 0}, open=0, alive=0, bodies=0)
+        assert found["problems"] == []
+        seen, self.failures = self.failures, len(found["failures"])
+        assert len(found["failures"]) - seen == failures, found["failures"][seen:]
+        assert "was dropped with its session open" not in self.log.read_text(errors="replace")
+        return found
+
+    def wait_for_log(self, pattern: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not re.search(pattern, self.log.read_text(errors="replace")):
+            assert time.monotonic() < deadline, f"the log has no {pattern!r}"
+            time.sleep(0.02)
+
+    def raw(self, method: str, target: str, body: bytes = b"") -> bytes:
+        """Everything that the server sends in answer, byte by byte, but for the date."""
+        with connect(self.port) as client:
+            client.sendall(request(method, target, body))
+            answer = bytearray()
+            with contextlib.suppress(ConnectionResetError):
+                while received := client.recv(1 << 16):
+                    answer += received
+        head, separator, rest = bytes(answer).partition(b"\r\n\r\n")
+        lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"date:")]
+        return b"\r\n".join(lines) + separator + rest
+
+    def get(self, target: str) -> bytes:
+        """The body of a 200."""
+        head, body = split(self.raw("GET", target))
+        assert b" 200 " in head.splitlines()[0], head
+        return body
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def connect(port: int, buffer: int | None = None) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port), 2 * PATIENCE)
+    if buffer is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    return client
+
+
+def request(method: str, target: str, body: bytes = b"") -> bytes:
+    length = f"Content-Length: {len(body)}\r\n" if method == "POST" else ""
+    return f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{length}\r\n".encode() + body
+
+
+def split(answer: bytes) -> tuple[bytes, bytes]:
+    """Head and body of an answer."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if b"transfer-encoding: chunked" not in head.lower():
+        return head, body
+    chunks = b""
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        chunks += body[: int(size, 16)]
+        body = body[int(size, 16) + 2 :]
+    return head, chunks
+
+
+class Reader:
+    """A client of a stream that reads no more than it is told to."""
+
+    def __init__(self, server: Server, name: str, ident: str) -> None:
+        self.expected = (f"{name} {ident} {step}\n".encode().ljust(CHUNK, b".") for step in range(STREAM_STEPS))
+        self.socket = connect(server.port, buffer=64 * 1024)
+        self.connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        self.connection.sock = self.socket
+        self.connection.request("GET", f"/{name}/stream?ident={ident}", headers={"Connection": "close"})
+        self.response = self.connection.getresponse()
+        self.read_one()
+
+    def read_one(self) -> bool:
+        """Read a chunk; False where there is none left."""
+        expected = next(self.expected, b"")
+        found = self.response.read(len(expected) or 1)
+        assert found == expected
+        return bool(found)
+
+    def read_rest(self) -> None:
+        while self.read_one():
+            pass
+        self.close()
+
+    def close(self) -> None:
+        self.response.close()
+        self.connection.close()
+
+    def reset(self) -> None:
+        """Leave without a word, as a machine does that was switched off and on."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+
+@contextlib.contextmanager
+def readers(server: Server, count: int) -> Iterator[list[Reader]]:
+    """Clients of streams of both applications, each with its first chunk."""
+    opened: list[Reader] = []
+    try:
+        for number in range(count):
+            opened.append(Reader(server, "ab"[number % 2], f"reader-{number}"))
+        yield opened
+    finally:
+        for reader in opened:
+            reader.close()
