@@ -62,13 +62,16 @@ class ScopeIterator(ClosingIterator):
             if get(None) is scope and scope.state is waiting:
                 scope.state = running
                 for chunk in self._iterate():
+                    if scope.state is not running:
+                        return  # The step itself, or another thread in the meantime, has closed the response.
                     scope.state = waiting
                     yield chunk
                     if get(None) is not scope or scope.state is not waiting:
                         break
                     scope.state = running
                 else:
-                    scope.state = waiting
+                    if scope.state is running:
+                        scope.state = waiting
                     return
             while (visited := self._visit()) is not _END:
                 yield visited
@@ -106,6 +109,8 @@ class ScopeIterator(ClosingIterator):
             chunk = next(self._iterate(), _END)
         finally:
             current.set(before)
+        if scope.state is not RUNNING:
+            return _END  # Closed in the meantime.
         scope.state = between
         return chunk
 

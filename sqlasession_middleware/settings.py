@@ -141,8 +141,10 @@ def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
         else:
             raise ConfigurationError(setting, f"is not a setting of this middleware{nearest(key, known)}")
     if "bind" not in arguments:
+        meant = nearest("url", arguments["engine_options"])
         raise ConfigurationError(
-            f"{prefix + 'url'!r}{place}", "is missing: set it to a database URL, 'sqlite:///%(here)s/shop.db'."
+            f"{prefix + 'url'!r}{place}",
+            f"is missing: set it to a database URL, 'sqlite:///%(here)s/shop.db'{meant}",
         )
     return arguments
 

@@ -116,7 +116,7 @@ def test_engine_is_made_at_first_use_and_once() -> None:
     consume(app(environ(), send_nothing))
     with app.context():
         pass
-    assert not [each for each in gc.get_objects() if isinstance(each, Engine) and each.url is app._source.url]
+    assert not [each for each in gc.get_objects() if type(each) is Engine and each.url is app._source.url]
     barrier = threading.Barrier(8)
 
     def look(_: int) -> object:
@@ -127,6 +127,20 @@ def test_engine_is_made_at_first_use_and_once() -> None:
         assert len(set(pool.map(look, range(8)))) == 1
     assert app.engine is app.database_engine is app.engines["default"]
     app.dispose()
+
+
+def test_engine_is_the_one_that_another_thread_made_in_the_meantime(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, others = wrap("sqlite://"), create_engine("sqlite://")
+
+    class LockOfALoser:
+        def __enter__(self) -> None:
+            app._source._engine = others
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(engines, "_creating", LockOfALoser())
+    assert app.engine is others
 
 
 def test_request_that_does_not_touch_the_session_opens_nothing(database_url: str) -> None:

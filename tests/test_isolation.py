@@ -450,6 +450,25 @@ def test_body_is_not_resumed_when_it_was_closed_elsewhere(sqlite_engine: Engine)
     consume(caller.run(app, environ(**{"test.name": "y", "test.app": app.app}), start_response))
 
 
+@pytest.mark.parametrize("found", ["nothing", "an empty Local", "a request between two steps"])
+def test_scope_ends_when_it_is_closed_in_a_copy_of_its_context(sqlite_engine: Engine, found: str) -> None:
+    """asyncio copies the context for each task, with the scope in it."""
+    app = SQLASessionMiddleware(streaming(5, lambda: None), sqlite_engine)
+    caller = contextvars.Context()
+    if found == "an empty Local":
+        caller.run(local_manager.cleanup)
+    waiting = caller.run(app, environ(**{"test.name": "w", "test.app": app.app}), start_response)
+    if found != "a request between two steps":
+        waiting.close()
+    result = caller.run(app, environ(**{"test.name": "x", "test.app": app.app}), start_response)
+    copy = caller.copy()
+    copy.run(result.close)
+    assert type(copy.run(current.get)) is (Scope if found == "a request between two steps" else dict)
+    assert caller.run(dict, local) == {}
+    waiting.close()
+    assert sqlite_engine.pool.checkedout() == 0
+
+
 def test_other_context_variables_are_left_alone(sqlite_url: str) -> None:
     """What the application sets in them is seen outside, exactly as without the middleware."""
     variable = contextvars.ContextVar("variable", default=0)
@@ -551,6 +570,35 @@ def test_joined_response_keeps_length_and_closes_its_body(sqlite_url: str) -> No
     assert consume(outer(environ(), start_response)) == b"ab"
     assert seen == [2]
     assert body.closed == 1
+
+
+def test_joined_response_hands_on_the_error_of_a_step(sqlite_url: str) -> None:
+    def fails() -> Iterator[bytes]:
+        assert application._get_current_object() is outer
+        yield b"x"
+        raise ApplicationError
+
+    class WithoutClose:
+        def __iter__(self) -> Iterator[bytes]:
+            return fails()
+
+    def top(environ: Environ, start: StartResponse) -> Any:
+        return inner(environ, start) if "again" not in environ else WithoutClose()
+
+    def bottom(environ: Environ, start: StartResponse) -> Iterable[bytes]:
+        environ["again"] = True
+        result = outer(environ, start)
+        steps = [iter(result), result]
+        assert next(steps[0]) == b"x"
+        with pytest.raises(ApplicationError):
+            next(steps[1])
+        assert application._get_current_object() is inner
+        assert next(iter(result), None) is None
+        result.close()
+        return [b"end"]
+
+    outer, inner = SQLASessionMiddleware(top, sqlite_url), SQLASessionMiddleware(bottom, sqlite_url)
+    assert consume(outer(environ(), start_response)) == b"end"
 
 
 def test_same_instance_opens_another_scope_when_the_environ_is_another(sqlite_url: str) -> None:

@@ -12,7 +12,7 @@ from wsgiref.util import FileWrapper
 
 import pytest
 from gevent import GreenletExit
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.orm import Session
 from webob import Response as WebObResponse
 from werkzeug.wrappers import Response as WerkzeugResponse
@@ -348,3 +348,87 @@ def test_step_after_close_ends_the_iteration(sqlite_engine: Engine) -> None:
         assert next(result, None) is None
         assert next(iter(result), None) is None
     assert_given_back(sqlite_engine)
+
+
+@pytest.mark.parametrize("by", [iter, lambda result: result], ids=["iterator", "next()"])
+@pytest.mark.parametrize("then", ["yield", "raise", "end"])
+def test_response_is_over_when_it_is_closed_in_its_own_step(sqlite_engine: Engine, by: Any, then: str) -> None:
+    """Or by another thread during a step: the step must not bring the scope back to life."""
+
+    class ClosesItself(Chunks):
+        def __next__(self) -> bytes:
+            responses[0].close()
+            if then == "raise":
+                raise LookupError("after close()")
+            if then == "end":
+                raise StopIteration
+            return b"too late"
+
+    responses: list[Any] = []
+
+    def app(environ: Environ, start: StartResponse) -> Iterable[bytes]:
+        local.mark = session()
+        select_one()
+        return ClosesItself()
+
+    responses.append(SQLASessionMiddleware(app, sqlite_engine)(environ(), send_nothing))
+    steps = by(responses[0])
+    if then == "raise":
+        with pytest.raises(LookupError, match="after close"):
+            next(steps)
+    else:
+        assert next(steps, None) is None
+    assert_given_back(sqlite_engine)
+    assert next(steps, None) is None
+    responses[0].close()
+    assert dict(local) == {}
+
+
+def test_nothing_of_an_ended_request_is_put_back_when_requests_overlap(sqlite_engine: Engine) -> None:
+    """The second one found the first one's scope, and must not leave it there again."""
+    first, second = (wrap(sqlite_engine, "generator")(request("generator", []), send_nothing) for _ in range(2))
+    first.close()
+    second.close()
+    assert type(current.get()) is dict
+    assert_given_back(sqlite_engine)
+
+
+def test_failing_close_is_logged_when_the_response_was_dropped(
+    sqlite_engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = wrap(sqlite_engine, "iterator with close", "close")(request("iterator with close", []), send_nothing)
+    with pytest.warns(ResourceWarning, match="dropped with its session open"):
+        del result
+    assert "that was dropped failed" in caplog.text
+    assert_given_back(sqlite_engine)
+
+
+def test_session_is_out_of_its_scope_when_its_close_fails_without_a_connection(sqlite_engine: Engine) -> None:
+    class Failing(Session):
+        def close(self) -> None:
+            raise ValueError("close")
+
+    app = SQLASessionMiddleware(lambda *_: [], sqlite_engine, session_options={"class_": Failing})
+    with app.context():
+        session()
+        with pytest.raises(ValueError, match="close"):
+            session.remove()
+        assert not session.registry.has()
+
+
+def test_other_connections_are_given_back_when_one_cannot_even_be_given_up(
+    sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Session):
+        def close(self) -> None:
+            raise ValueError("close")
+
+    def refuse(connection: Connection) -> None:
+        raise ValueError("invalidate")
+
+    app = SQLASessionMiddleware(lambda *_: [], sqlite_engine, session_options={"class_": Failing})
+    with app.context():
+        connection = session.connection()
+        monkeypatch.setattr(connection, "invalidate", lambda: refuse(connection), raising=False)
+    assert "was given up" in caplog.text
+    connection.close()

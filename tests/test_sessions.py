@@ -14,7 +14,7 @@ from sqlalchemy import Connection, String, create_engine, event, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session
 from werkzeug.wsgi import ClosingIterator
 
-from sqlasession_middleware import SQLASessionMiddleware, application, local, local_manager, metadata, session
+from sqlasession_middleware import SQLASessionMiddleware, application, local, local_manager, metadata, session, sessions
 from sqlasession_middleware.errors import ScopeError
 from tests.wsgi import Environ, RecordedSession, StartResponse, assert_given_back, consume, environ, select_one
 from tests.wsgi import start_response as send_nothing
@@ -119,6 +119,7 @@ def test_context_is_refused_when_it_is_entered_twice_at_once(app: SQLASessionMid
         context.__enter__()
     with context:  # One after the other is fine.
         select_one()
+    context.__exit__(None, None, None)
 
 
 def test_context_warns_and_ends_when_it_is_dropped(app: SQLASessionMiddleware) -> None:
@@ -302,6 +303,23 @@ def test_threads_of_one_request_share_its_session(app: SQLASessionMiddleware) ->
     wrapped = SQLASessionMiddleware(in_threads, app.engine)
     for _ in range(20):
         consume(wrapped(environ(), send_nothing))
+
+
+def test_session_is_the_one_that_another_thread_opened_in_the_meantime(
+    app: SQLASessionMiddleware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with app.context():
+        others = app.new_session()
+
+        class LockOfALoser:
+            def __enter__(self) -> None:
+                session.registry.set(others)
+
+            def __exit__(self, *error: object) -> None:
+                pass
+
+        monkeypatch.setattr(sessions, "_opening", LockOfALoser())
+        assert session() is others
 
 
 def test_session_opened_by_a_thread_as_the_request_ends_is_closed(app: SQLASessionMiddleware) -> None:

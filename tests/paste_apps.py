@@ -1,0 +1,40 @@
+"""What the ini files of the tests name: an application, a way to mount several, and some objects to import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import Column, MetaData, String, Table, insert, select
+from sqlalchemy.orm import Session
+from werkzeug.exceptions import NotFound
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+from sqlasession_middleware import session
+
+metadata = MetaData()
+guests = Table("guests", metadata, Column("name", String(40)))
+
+
+class SpecialSession(Session):
+    """A session class to be named in an ini file."""
+
+
+def guest_book(global_conf: Any, **settings: str) -> Any:
+    """A ``paste.app_factory``: the path is a name to write down, the response all names so far."""
+
+    def serve(environ: Any, start_response: Any) -> Iterable[bytes]:
+        name = environ["PATH_INFO"].strip("/")
+        if name:
+            session.execute(insert(guests).values(name=name))
+            session.commit()
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [" ".join(session.scalars(select(guests.c.name))).encode()]
+
+    return serve
+
+
+def mount(loader: Any, global_conf: Any, **mounts: str) -> Any:
+    """A ``paste.composite_factory``: path -> the section of an application."""
+    apps = {path: loader.get_app(name, global_conf=global_conf) for path, name in mounts.items()}
+    return DispatcherMiddleware(NotFound(), apps)
