@@ -137,13 +137,16 @@ LONG_LIST = [b"x"] * CHUNKS
 
 
 def measure(contenders: dict[str, Callable[[], object]], calls: int, rounds: int) -> dict[str, list[float]]:
-    """Microseconds a call of each contender, a figure for each round."""
+    """Microseconds a call of each contender, a figure for each round.
+
+    A turn is some milliseconds long, so that what else the machine does falls on all of them alike.
+    """
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds + 1):
+        gc.collect()
         for name in names[number % len(names) :] + names[: number % len(names)]:
             call = contenders[name]
-            gc.collect()
             begin = perf_counter_ns()
             for _ in range(calls):
                 call()
@@ -181,9 +184,9 @@ def make_engine() -> Engine:
 
 def work_rows(table: Table, engine: Engine, rounds: int) -> None:
     cases: list[tuple[str, Work | None, int, str, float]] = [
-        ("session not touched", None, 20000, "us", 1.2),
-        ("one SELECT", select_row, 1500, "x", 1.04),
-        ("ORM get", get_object, 1500, "x", 1.03),
+        ("session not touched", None, 2000, "us", 1.2),
+        ("one SELECT", select_row, 80, "x", 1.04),
+        ("ORM get", get_object, 80, "x", 1.03),
     ]
     for label, work, calls, unit, bar in cases:
         contenders = {
@@ -217,7 +220,7 @@ def chunk_rows(table: Table, engine: Engine, rounds: int) -> None:
             "ours": SQLASessionMiddleware(full, engine),
             "ours, empty": SQLASessionMiddleware(empty, engine),
         }
-        figures = measure({name: lambda app=app: serve(app) for name, app in apps.items()}, 200, rounds)
+        figures = measure({name: lambda app=app: serve(app) for name, app in apps.items()}, 40, rounds)
         for name in ("seed's pattern", "ours"):
             # What the request as such costs is not the chunks'.
             request = difference(figures, f"{name}, empty", "none, empty")
@@ -245,7 +248,7 @@ def many_rows(table: Table, rounds: int, count: int) -> None:
         return call
 
     contenders = {"by hand": next_of("by hand", hand), "ours": next_of("ours", ours)}
-    figures = measure(contenders, count, max(3, rounds // 3))
+    figures = measure(contenders, count, max(3, rounds // 40))
     times = ratio(figures, "ours", "by hand")
     table.row(f"{count} applications, one SELECT: by hand", f"{statistics.median(figures['by hand']):.2f} us")
     table.row(
@@ -275,7 +278,7 @@ def construction_rows(table: Table) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=int, default=201)
     parser.add_argument("--applications", type=int, default=10000)
     arguments = parser.parse_args()
     print(

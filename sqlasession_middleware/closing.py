@@ -11,6 +11,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import Token
 from types import TracebackType
 from typing import Any, cast
 
@@ -146,10 +147,12 @@ class ListScopeIterator(SizedScopeIterator):
     __slots__ = ()
 
     def __iter__(self) -> Iterator[bytes]:  # type: ignore[override]
-        return self._iterate()
+        if self._iterator is None:
+            self._iterator = iter(self._body)
+        return self._iterator
 
     def __next__(self) -> bytes:
-        return next(self._iterate())
+        return next(iter(self))
 
 
 class JoinedIterator(ScopeIterator):
@@ -227,7 +230,10 @@ def finish(scope: Scope, body: object = None, error: BaseException | None = None
     finally:
         if scope.session is not None:
             # First of all: its connection must not wait for the locals' finishers.
-            fatal = _attempt(scope, "session.remove", remove_session, scope)
+            try:
+                remove_session(scope)
+            except BaseException as failure:
+                fatal = _log(scope, "session.remove", failure)
         if len(local_manager.locals) > 1:
             fatal = _cleanup(scope) or fatal
         scope.state = ENDED
@@ -235,10 +241,15 @@ def finish(scope: Scope, body: object = None, error: BaseException | None = None
         if scope.session is not None:
             # Opened since: by an event of the session's own close, or by a thread that shares the scope.
             _attempt(scope, "session.remove", remove_session, scope)
-        if before is scope:
-            scope.leave()
-        else:
+        if before is not scope:
             current.set(before)
+        elif scope.token.old_value is Token.MISSING:
+            try:
+                current.reset(scope.token)
+            except ValueError:  # The end has come in a copy of the context that the scope began in.
+                current.set(NOTHING)
+        else:
+            current.set(scope.token.old_value or NOTHING)  # A scope that has ended since is empty.
         scope.environ = None
         del scope.token
     if fatal is not None and error is None:
@@ -259,11 +270,19 @@ def _attempt(scope: Scope, name: str, finisher: Callable[..., object], *argument
     try:
         finisher(*arguments)
     except BaseException as failure:
-        logger.exception(
-            "A finisher of %r failed: %s", scope.owner, name, extra={"application": scope.owner, "finisher": name}
-        )
-        return None if isinstance(failure, Exception) else failure
+        return _log(scope, name, failure)
     return None
+
+
+def _log(scope: Scope, name: str, failure: BaseException) -> BaseException | None:
+    logger.error(
+        "A finisher of %r failed: %s",
+        scope.owner,
+        name,
+        exc_info=failure,
+        extra={"application": scope.owner, "finisher": name},
+    )
+    return None if isinstance(failure, Exception) else failure
 
 
 def _abandon(scope: Scope, body: object) -> None:

@@ -18,6 +18,8 @@ from werkzeug.local import Local, LocalManager, release_local
 from .errors import ScopeError
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from .middleware import SQLASessionMiddleware
 
 __all__ = [
@@ -79,7 +81,7 @@ class Scope(dict[str, Any]):
     #: the request's environ; None outside of a request and after the end
     environ: dict[str, Any] | None
     #: the open Session, if the scope has used one
-    session: Any
+    session: Session | None
     #: RUNNING, WAITING, ENDING or ENDED
     state: int
     #: what ``current.set()`` gave when the scope began: ``old_value`` is what the Local held before
@@ -91,17 +93,6 @@ class Scope(dict[str, Any]):
         self.environ = environ
         self.session = None
         self.state = RUNNING
-
-    def leave(self) -> None:
-        """Make the Local what it was before the scope began, but never another scope that has ended since."""
-        before = self.token.old_value
-        if isinstance(before, Scope) and before.state is ENDED:
-            current.set(NOTHING)
-            return
-        try:
-            current.reset(self.token)
-        except ValueError:  # Its end has come in a copy of the context that it began in.
-            current.set(NOTHING if before is Token.MISSING else before)
 
     def copy(self) -> dict[str, Any]:
         """The scope itself, or a plain dict once it has ended.

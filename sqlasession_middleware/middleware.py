@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ class SQLASessionMiddleware:
         self.metadata = metadata
         self._source = EngineSource(bind, engine_options)
         self._session_class, self._session_options = _read_session_options(session_options)
+        self._make_session: partial[Session] | None = None
 
     @classmethod
     def from_config(
@@ -99,7 +101,7 @@ class SQLASessionMiddleware:
         except BaseException as error:
             finish(scope, error=error)
             raise
-        if _is_wrapped_file(body, environ):
+        if "wsgi.file_wrapper" in environ and _is_wrapped_file(body, environ):
             finish(scope)
             return body
         if outer:
@@ -157,7 +159,10 @@ class SQLASessionMiddleware:
 
         :param options: of the Session, over the application's ``session_options``.
         """
-        return self._session_class(**{"bind": self._source.engine, **self._session_options, **options})
+        make = self._make_session
+        if make is None:
+            make = self._make_session = partial(self._session_class, bind=self._source.engine, **self._session_options)
+        return make(**options)
 
     def init_database(self) -> None:
         """Create the tables of :attr:`metadata` that are not there yet. Needs no scope.

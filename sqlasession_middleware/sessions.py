@@ -52,10 +52,7 @@ class ScopeRegistry(ScopedRegistry[Session]):
         super().__init__(open_session, current_scope)
 
     def __call__(self) -> Session:
-        scope = current.get(None)
-        if isinstance(scope, Scope) and scope.session is not None:
-            return cast(Session, scope.session)
-        return self.createfunc()
+        return open_session()
 
     def has(self) -> bool:
         scope = current.get(None)
@@ -76,6 +73,16 @@ class ScopeSession(scoped_session[Session]):
     def __init__(self) -> None:
         super().__init__(cast("sessionmaker[Session]", new_session))
         self.registry = ScopeRegistry()
+
+    # SQLAlchemy's asks the registry in a call of its own, and so each use of the session would pay for two.
+    @property
+    def _proxied(self) -> Session:
+        scope = current.get(None)
+        if isinstance(scope, Scope):
+            opened = scope.session
+            if opened is not None:
+                return opened
+        return open_session()
 
     def remove(self) -> None:
         """Close the scope's Session, if one is open. The next use opens another one.
@@ -124,31 +131,29 @@ def new_session(**options: Any) -> Session:
 
     :param options: of :class:`~sqlalchemy.orm.Session`, over the application's own ``session_options``.
     """
-    return _session_of(current_scope(), options)
-
-
-def open_session() -> Session:
-    """Open the current scope's Session, unless a thread that shares the scope has just done so."""
-    scope = current_scope()
-    with _opening:
-        if scope.session is None:
-            scope.session = _session_of(scope, {})
-        opened = cast(Session, scope.session)
-    if scope.state is ENDED:
-        # The request ended in another thread while this one was opening: its end may have seen no session.
-        remove_session(scope)
-        raise ScopeError("The request ended while 'session' was being opened.")
-    return opened
-
-
-def _session_of(scope: Scope, options: dict[str, Any]) -> Session:
-    owner: Any = scope.get("application")
-    make = getattr(owner, "new_session", None)
-    if make is not None:
-        return cast(Session, make(**options))
+    owner: Any = current_scope().get("application")
+    if hasattr(owner, "new_session"):
+        opened: Session = owner.new_session(**options)
+        return opened
     if hasattr(owner, "database_engine"):
         return Session(owner.database_engine, **options)
     raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
+
+
+def open_session() -> Session:
+    """The current scope's Session: the open one, or one that is opened now."""
+    scope = current_scope()
+    opened = scope.session
+    if opened is None:
+        with _opening:
+            opened = scope.session
+            if opened is None:
+                opened = scope.session = new_session()
+        if scope.state is ENDED:
+            # The request ended in another thread while this one was opening: its end may have seen no session.
+            remove_session(scope)
+            raise ScopeError("The request ended while 'session' was being opened.")
+    return opened
 
 
 def remove_session(scope: Scope) -> None:
@@ -157,7 +162,7 @@ def remove_session(scope: Scope) -> None:
     :raises BaseException: what ``close()`` raised. By then every connection that the Session held has been
         invalidated and its place in the pool is free.
     """
-    opened = cast("Session | None", scope.session)
+    opened = scope.session
     if opened is None:
         return
     scope.session = None
