@@ -18,7 +18,19 @@ from typing import Any, cast
 from sqlalchemy.orm import Session, scoped_session
 from werkzeug.wsgi import ClosingIterator
 
-from .context import ENDED, ENDING, NOTHING, RUNNING, WAITING, Scope, current, local, local_manager, release_local
+from .context import (
+    ENDED,
+    ENDING,
+    NOTHING,
+    RUNNING,
+    WAITING,
+    Scope,
+    begin,
+    current,
+    local,
+    local_manager,
+    release_local,
+)
 from .errors import ScopeError
 from .sessions import remove_session, session
 
@@ -26,6 +38,8 @@ __all__ = ["ScopeContext", "ScopeIterator", "finish", "respond", "respond_joined
 
 logger = logging.getLogger(__name__)
 
+
+MISSING = Token.MISSING
 
 # Not None: an application that yields that by mistake gets the server's error for it.
 _END = cast(bytes, object())
@@ -142,7 +156,7 @@ class SizedScopeIterator(ScopeIterator):
 
 
 class ListScopeIterator(SizedScopeIterator):
-    """The same for a list or tuple: no code of the application runs while a server steps through it."""
+    """The same for what is :data:`PLAIN`: handed over as it is."""
 
     __slots__ = ()
 
@@ -153,6 +167,10 @@ class ListScopeIterator(SizedScopeIterator):
 
     def __next__(self) -> bytes:
         return next(iter(self))
+
+    def close(self) -> None:
+        if self._scope.state < ENDING:
+            end(self._scope)
 
 
 class JoinedIterator(ScopeIterator):
@@ -184,14 +202,13 @@ class SizedJoinedIterator(JoinedIterator, SizedScopeIterator):
     __slots__ = ()
 
 
+#: No code of the application runs while a server steps through one of these.
+PLAIN = frozenset([list, tuple])
+
+
 def respond(body: Iterable[bytes], scope: Scope) -> ScopeIterator:
     """Make ``scope`` current in ``body`` and end it with the response."""
-    scope.state = WAITING
-    if type(body) is list or type(body) is tuple:
-        return ListScopeIterator(body, scope)
-    if hasattr(body, "__len__"):
-        return SizedScopeIterator(body, scope)
-    return ScopeIterator(body, scope)
+    return SizedScopeIterator(body, scope) if hasattr(body, "__len__") else ScopeIterator(body, scope)
 
 
 def respond_joined(body: Iterable[bytes], scope: Scope) -> ScopeIterator:
@@ -202,7 +219,7 @@ def respond_joined(body: Iterable[bytes], scope: Scope) -> ScopeIterator:
 
 
 def finish(scope: Scope, body: object = None, error: BaseException | None = None) -> None:
-    """End a scope: every finisher runs, once, and the caller's Local is what it was before.
+    """Close the body and end its scope: every finisher runs, once, whatever becomes of the others.
 
     :param body: has its ``close()`` called while the scope is still current.
     :param error: what the application raised. The caller goes on to raise it, so whatever else fails is logged.
@@ -213,9 +230,7 @@ def finish(scope: Scope, body: object = None, error: BaseException | None = None
         return
     scope.state = ENDING
     before = current.get(NOTHING)
-    if before is not scope:
-        current.set(scope)
-    fatal = None
+    current.set(scope)
     try:
         close = getattr(body, "close", None)
         if error is not None:
@@ -225,34 +240,57 @@ def finish(scope: Scope, body: object = None, error: BaseException | None = None
         elif close is not None:
             close()
     except BaseException as close_error:
+        error = close_error
         _preserve(scope, close_error)
         raise
     finally:
-        if scope.session is not None:
-            # First of all: its connection must not wait for the locals' finishers.
-            try:
-                remove_session(scope)
-            except BaseException as failure:
-                fatal = _log(scope, "session.remove", failure)
-        if len(local_manager.locals) > 1:
-            fatal = _cleanup(scope) or fatal
-        scope.state = ENDED
-        scope.clear()
-        if scope.session is not None:
-            # Opened since: by an event of the session's own close, or by a thread that shares the scope.
-            _attempt(scope, "session.remove", remove_session, scope)
-        if before is not scope:
-            current.set(before)
-        elif scope.token.old_value is Token.MISSING:
-            try:
-                current.reset(scope.token)
-            except ValueError:  # The end has come in a copy of the context that the scope began in.
-                current.set(NOTHING)
-        else:
-            current.set(scope.token.old_value or NOTHING)  # A scope that has ended since is empty.
-        scope.environ = None
-        del scope.token
-    if fatal is not None and error is None:
+        try:
+            end(scope)
+        except BaseException:
+            if error is None:
+                raise
+        finally:
+            del error
+            if before is not scope:
+                current.set(before)
+
+
+def end(scope: Scope) -> None:
+    """End a scope whose body is closed, or has nothing to close.
+
+    :raises BaseException: what a finisher raised that is not an :exc:`Exception`. Those are logged.
+    """
+    fatal = None
+    before = current.get(NOTHING)
+    if before is not scope:
+        current.set(scope)
+    scope.state = ENDING
+    if scope.session is not None:
+        # First of all: its connection must not wait for the locals' finishers.
+        try:
+            remove_session(scope)
+        except BaseException as failure:
+            fatal = _log(scope, "session.remove", failure)
+    if len(local_manager.locals) > 1:
+        fatal = _cleanup(scope) or fatal
+    scope.state = ENDED
+    scope.clear()
+    if scope.session is not None:
+        # Opened since: by an event of the session's own close, or by a thread that shares the scope.
+        _attempt(scope, "session.remove", remove_session, scope)
+    token = scope.token
+    if before is not scope:
+        current.set(before)
+    elif token.old_value is MISSING:
+        try:
+            current.reset(token)
+        except ValueError:  # The end has come in a copy of the context that the scope began in.
+            current.set(NOTHING)
+    else:
+        current.set(token.old_value or NOTHING)  # A scope that has ended since is empty.
+    scope.environ = None
+    del scope.token
+    if fatal is not None:
         raise fatal
 
 
@@ -315,10 +353,8 @@ class ScopeContext:
     def __enter__(self) -> scoped_session[Session]:
         if self._scope is not None:
             raise ScopeError(f"This context of {self._owner!r} is entered already: call context() for each 'with'.")
-        self._scope = scope = Scope(self._owner)
-        if self._values:
-            scope.update(self._values)
-        scope.token = current.set(scope)
+        self._scope = scope = Scope(self._values or (), application=self._owner)
+        begin(scope)
         return session
 
     def __exit__(

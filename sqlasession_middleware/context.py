@@ -30,6 +30,7 @@ __all__ = [
     "WAITING",
     "Scope",
     "application",
+    "begin",
     "current",
     "local",
     "local_manager",
@@ -56,8 +57,6 @@ application = cast(
 )
 
 
-_set_item = dict.__setitem__
-
 #: The application's code is on the stack: in the call, in a step of the body, in the ``with`` block.
 RUNNING: Final = 1
 #: The server has yet to take the next step, or to close.
@@ -71,7 +70,7 @@ ENDED: Final = 4
 class Scope(dict[str, Any]):
     """The owner, the session and the Local's values of one request or context.
 
-    Scopes are told apart by identity.
+    Scopes are told apart by identity. They begin in :func:`begin`, and a request's in the middleware.
     """
 
     __slots__ = ("environ", "owner", "session", "state", "token")
@@ -86,13 +85,6 @@ class Scope(dict[str, Any]):
     state: int
     #: what ``current.set()`` gave when the scope began: ``old_value`` is what the Local held before
     token: Token[dict[str, Any]]
-
-    def __init__(self, owner: Any, environ: dict[str, Any] | None = None) -> None:
-        _set_item(self, "application", owner)
-        self.owner = owner
-        self.environ = environ
-        self.session = None
-        self.state = RUNNING
 
     def copy(self) -> dict[str, Any]:
         """The scope itself, or a plain dict once it has ended.
@@ -109,3 +101,15 @@ class Scope(dict[str, Any]):
                 " call session.remove() first."
             )
         super().__setitem__(name, value)
+
+
+def begin(scope: Scope, environ: dict[str, Any] | None = None) -> None:
+    """Make a new scope the current one.
+
+    :param scope: holds its ``application`` already.
+    """
+    scope.owner = scope["application"]
+    scope.environ = environ
+    scope.session = None
+    scope.state = RUNNING
+    scope.token = current.set(scope)

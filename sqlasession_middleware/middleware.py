@@ -13,8 +13,8 @@ closed when the response is closed; what was not committed is rolled back.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ from sqlalchemy import Engine, MetaData
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
-from .closing import ScopeContext, finish, respond, respond_joined
-from .context import WAITING, Scope, current
+from .closing import PLAIN, ListScopeIterator, ScopeContext, finish, respond, respond_joined
+from .context import RUNNING, WAITING, Scope, current
 from .engines import EngineSource
 from .errors import ConfigurationError, nearest
 from .schema import create_tables, drop_tables, metadata
@@ -66,7 +66,6 @@ class SQLASessionMiddleware:
         self.metadata = metadata
         self._source = EngineSource(bind, engine_options)
         self._session_class, self._session_options = _read_session_options(session_options)
-        self._make_session: partial[Session] | None = None
 
     @classmethod
     def from_config(
@@ -87,14 +86,20 @@ class SQLASessionMiddleware:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         outer = current.get(None)
-        if isinstance(outer, Scope) and outer.state is WAITING:
-            # What a request left there that is between two steps, or was dropped: it did not call this one.
-            outer = None
         if outer:
-            joined = self._open_scope_of(environ)
-            if joined is not None:
-                return self._join(joined, environ, start_response)
-        scope = Scope(self, environ)
+            if isinstance(outer, Scope) and outer.state is WAITING:
+                # What a request left there that is between two steps, or was dropped: it did not call this one.
+                outer = None
+            else:
+                joined = self._open_scope_of(environ)
+                if joined is not None:
+                    return self._join(joined, environ, start_response)
+        # What begin() does, without the call.
+        scope = Scope(application=self)
+        scope.owner = self
+        scope.environ = environ
+        scope.session = None
+        scope.state = RUNNING
         scope.token = current.set(scope)
         try:
             body = self.app(environ, start_response)
@@ -106,7 +111,8 @@ class SQLASessionMiddleware:
             return body
         if outer:
             current.set(outer)
-        return respond(body, scope)
+        scope.state = WAITING
+        return ListScopeIterator(body, scope) if type(body) in PLAIN else respond(body, scope)
 
     def _open_scope_of(self, environ: WSGIEnvironment) -> Scope | None:
         """This application's scope for the same request, if the present call comes from inside of it."""
@@ -154,15 +160,13 @@ class SQLASessionMiddleware:
         """All engines by name; there is one, ``"default"``."""
         return MappingProxyType({"default": self._source.engine})
 
-    def new_session(self, **options: Any) -> Session:
-        """A Session of this application that belongs to no scope: the caller closes it.
+    @cached_property
+    def new_session(self) -> Callable[..., Session]:
+        """Makes a Session of this application that belongs to no scope: the caller closes it.
 
-        :param options: of the Session, over the application's ``session_options``.
+        It takes options of the Session, over the application's ``session_options``.
         """
-        make = self._make_session
-        if make is None:
-            make = self._make_session = partial(self._session_class, bind=self._source.engine, **self._session_options)
-        return make(**options)
+        return partial(self._session_class, bind=self._source.engine, **self._session_options)
 
     def init_database(self) -> None:
         """Create the tables of :attr:`metadata` that are not there yet. Needs no scope.

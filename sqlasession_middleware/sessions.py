@@ -6,13 +6,15 @@ The registry behind it is the scope itself: one slot, no dict to forget a key in
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from threading import Lock
 from typing import Any, cast
 
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
-from .context import ENDED, Scope, current
+from .context import ENDED, Scope, begin, current
 from .errors import ScopeError
 
 __all__ = ["remove_session", "session"]
@@ -31,10 +33,6 @@ class ShellScope(Scope):
     """
 
     __slots__ = ()
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        super().__init__(values["application"])
-        self.update(values)
 
     def __del__(self) -> None:
         try:
@@ -116,8 +114,7 @@ def current_scope() -> Scope:
                 "No application is bound here, so 'session' has no scope:"
                 " run inside a request, or in 'with app.context():'."
             )
-        values = ShellScope(values)
-        current.set(values)
+        begin(values := ShellScope(values))
     if values.state is ENDED:
         raise ScopeError(
             "The request is over, so 'session' has no scope any more:"
@@ -131,29 +128,33 @@ def new_session(**options: Any) -> Session:
 
     :param options: of :class:`~sqlalchemy.orm.Session`, over the application's own ``session_options``.
     """
-    owner: Any = current_scope().get("application")
-    if hasattr(owner, "new_session"):
-        opened: Session = owner.new_session(**options)
-        return opened
-    if hasattr(owner, "database_engine"):
-        return Session(owner.database_engine, **options)
-    raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
+    return _session_maker(current_scope())(**options)
 
 
 def open_session() -> Session:
     """The current scope's Session: the open one, or one that is opened now."""
-    scope = current_scope()
-    opened = scope.session
-    if opened is None:
-        with _opening:
-            opened = scope.session
-            if opened is None:
-                opened = scope.session = new_session()
-        if scope.state is ENDED:
-            # The request ended in another thread while this one was opening: its end may have seen no session.
-            remove_session(scope)
-            raise ScopeError("The request ended while 'session' was being opened.")
+    scope = current.get(None)
+    if not isinstance(scope, Scope) or scope.state is ENDED:
+        scope = current_scope()
+    with _opening:
+        opened = scope.session
+        if opened is None:
+            opened = scope.session = _session_maker(scope)()
+    if scope.state is ENDED:
+        # The request ended in another thread while this one was opening: its end may have seen no session.
+        remove_session(scope)
+        raise ScopeError("The request ended while 'session' was being opened.")
     return opened
+
+
+def _session_maker(scope: Scope) -> Callable[..., Session]:
+    owner: Any = scope.get("application")
+    make: Callable[..., Session] | None = getattr(owner, "new_session", None)
+    if make is None:
+        if not hasattr(owner, "database_engine"):
+            raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
+        make = partial(Session, owner.database_engine)
+    return make
 
 
 def remove_session(scope: Scope) -> None:
@@ -166,16 +167,17 @@ def remove_session(scope: Scope) -> None:
     if opened is None:
         return
     scope.session = None
-    transaction = opened.get_transaction()
+    # Session.close() forgets its transaction first and stops at the first connection whose rollback fails. What it
+    # was still holding is only known to that transaction, and neither has a public name that costs no call.
+    transaction = getattr(opened, "_transaction", None)
     try:
         opened.close()
     except BaseException:
-        # Session.close() forgets its transaction first and stops at the first connection whose rollback fails.
-        # What it was still holding is only known to that transaction, which has no public name for it.
-        if transaction is not None:
+        while transaction is not None:
             for connection, _, _, autoclose in set(transaction._connections.values()):
                 if autoclose and not connection.closed:
                     _give_back(connection)
+            transaction = transaction.parent
         raise
 
 
