@@ -11,8 +11,8 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextvars import Token
-from types import TracebackType
+from contextvars import copy_context
+from types import GeneratorType, TracebackType
 from typing import Any, cast
 
 from sqlalchemy.orm import Session, scoped_session
@@ -27,6 +27,7 @@ from .context import (
     Scope,
     begin,
     current,
+    leave,
     local,
     local_manager,
     release_local,
@@ -38,8 +39,6 @@ __all__ = ["ScopeContext", "ScopeIterator", "finish", "respond", "respond_joined
 
 logger = logging.getLogger(__name__)
 
-
-MISSING = Token.MISSING
 
 # Not None: an application that yields that by mistake gets the server's error for it.
 _END = cast(bytes, object())
@@ -76,12 +75,15 @@ class ScopeIterator(ClosingIterator):
         try:
             if get(None) is scope and scope.state is waiting:
                 scope.state = running
-                for chunk in self._iterate():
+                for chunk in self._iterate_again():
                     if scope.state is not running:
                         return  # The step itself, or another thread in the meantime, has closed the response.
+                    if get(None) is not scope:
+                        self._note_inner()
+                        current.set(scope)
                     scope.state = waiting
                     yield chunk
-                    if get(None) is not scope or scope.state is not waiting:
+                    if get(None) is not scope or scope.inner is not None or scope.state is not waiting:
                         break
                     scope.state = running
                 else:
@@ -111,6 +113,11 @@ class ScopeIterator(ClosingIterator):
             self._iterator = iter(self._body)
         return self._iterator
 
+    def _iterate_again(self) -> Iterator[bytes]:
+        """The iterator as a ``for`` loop can take it: some have no ``iter()`` of their own, or only once."""
+        iterator = self._iterate()
+        return iterator if type(iterator) is GeneratorType else iter(iterator.__next__, _END)
+
     def _visit(self) -> bytes:
         """Take a step with the scope current in it, and the caller's again after it; ``_END`` at the end."""
         scope = self._scope
@@ -118,19 +125,26 @@ class ScopeIterator(ClosingIterator):
         if between is ENDED:
             return _END
         before = current.get(NOTHING)
-        current.set(scope)
+        current.set(scope.inner or scope)
         scope.state = RUNNING
         try:
             chunk = next(self._iterate(), _END)
         finally:
+            self._note_inner()
             current.set(before)
         if scope.state is not RUNNING:
             return _END  # Closed in the meantime.
         scope.state = between
         return chunk
 
+    def _note_inner(self) -> None:
+        """Remember a context that the step has entered and not left: the next step goes on in it."""
+        left = current.get(None)
+        scope = self._scope
+        scope.inner = left if left is not scope and isinstance(left, Scope) and left.state is RUNNING else None
+
     def _fail(self, error: BaseException) -> None:
-        finish(self._scope, self._body, error)
+        _finish_here(self._scope, self._body, error)
 
     def close(self) -> None:
         """End the scope; a second call does nothing.
@@ -138,12 +152,14 @@ class ScopeIterator(ClosingIterator):
         :raises BaseException: what the body's own ``close()`` raised, after everything else was done.
         """
         if self._scope.state < ENDING:
-            finish(self._scope, self._body)
+            _finish_here(self._scope, self._body)
 
     def __del__(self) -> None:
         # PEP 3333 has every server call close(); this one dropped the response instead.
         if self._scope.state < ENDING:
-            _abandon(self._scope, self._body)
+            # In a copy of the context: the garbage collector may have come while this very variable was being set,
+            # and Python 3.11 does not survive that the context changes under it then.
+            copy_context().run(_abandon, self._scope, self._body)
 
 
 class SizedScopeIterator(ScopeIterator):
@@ -156,7 +172,7 @@ class SizedScopeIterator(ScopeIterator):
 
 
 class ListScopeIterator(SizedScopeIterator):
-    """The same for what is :data:`PLAIN`: handed over as it is."""
+    """The same for what is :data:`PLAIN`: handed over as it is, its scope already taken off the Local."""
 
     __slots__ = ()
 
@@ -169,8 +185,14 @@ class ListScopeIterator(SizedScopeIterator):
         return next(iter(self))
 
     def close(self) -> None:
-        if self._scope.state < ENDING:
-            end(self._scope)
+        scope = self._scope
+        if scope.state < ENDING:
+            if scope.session is not None:
+                _finish_here(scope)
+            else:
+                fatal = end(scope)
+                if fatal is not None:
+                    raise fatal
 
 
 class JoinedIterator(ScopeIterator):
@@ -208,63 +230,62 @@ PLAIN = frozenset([list, tuple])
 
 def respond(body: Iterable[bytes], scope: Scope) -> ScopeIterator:
     """Make ``scope`` current in ``body`` and end it with the response."""
-    return SizedScopeIterator(body, scope) if hasattr(body, "__len__") else ScopeIterator(body, scope)
+    # The class is asked, as len() does: an instance may answer to anything.
+    return SizedScopeIterator(body, scope) if hasattr(type(body), "__len__") else ScopeIterator(body, scope)
 
 
 def respond_joined(body: Iterable[bytes], scope: Scope) -> ScopeIterator:
     """Make ``scope`` current in ``body``, which is a part of the response that will end it."""
-    if hasattr(body, "__len__"):
+    if hasattr(type(body), "__len__"):
         return SizedJoinedIterator(body, scope)
     return JoinedIterator(body, scope)
+
+
+def _finish_here(scope: Scope, body: object = None, error: BaseException | None = None) -> None:
+    """Finish a scope, once, and leave the Local as it is found, but for that scope."""
+    if scope.state >= ENDING:
+        return
+    before = current.get(NOTHING)
+    try:
+        finish(scope, body, error)
+    finally:
+        if before is scope:
+            leave(scope)
+        else:
+            current.set(before)
+        del scope.token
 
 
 def finish(scope: Scope, body: object = None, error: BaseException | None = None) -> None:
     """Close the body and end its scope: every finisher runs, once, whatever becomes of the others.
 
-    :param body: has its ``close()`` called while the scope is still current.
+    The scope is current in the meantime, and after that: the caller knows what was before.
+
+    :param body: has its ``close()`` called.
     :param error: what the application raised. The caller goes on to raise it, so whatever else fails is logged.
     :raises BaseException: without ``error``, what the body's ``close()`` raised; else what another finisher raised
         that nobody may swallow (:exc:`KeyboardInterrupt`, a greenlet's kill). All other failures are logged.
     """
-    if scope.state >= ENDING:
-        return
     scope.state = ENDING
-    before = current.get(NOTHING)
-    current.set(scope)
+    fatal = None
     try:
-        close = getattr(body, "close", None)
-        if error is not None:
-            _preserve(scope, error)
-            if close is not None:
-                _attempt(scope, "the body's close()", close)
-        elif close is not None:
-            close()
-    except BaseException as close_error:
-        error = close_error
-        _preserve(scope, close_error)
-        raise
+        if body is not None or error is not None:
+            current.set(scope.inner or scope)
+            _close(scope, body, error)
     finally:
-        try:
-            end(scope)
-        except BaseException:
-            if error is None:
-                raise
-        finally:
-            del error
-            if before is not scope:
-                current.set(before)
+        current.set(scope)
+        scope.inner = None
+        fatal = end(scope)
+    if fatal is not None and error is None:
+        raise fatal
 
 
-def end(scope: Scope) -> None:
-    """End a scope whose body is closed, or has nothing to close.
+def end(scope: Scope) -> BaseException | None:
+    """Run the finishers that are not the application's. Only a session needs its scope to be current for that.
 
-    :raises BaseException: what a finisher raised that is not an :exc:`Exception`. Those are logged.
+    :returns: what a finisher raised that nobody may swallow. All other failures are logged.
     """
     fatal = None
-    before = current.get(NOTHING)
-    if before is not scope:
-        current.set(scope)
-    scope.state = ENDING
     if scope.session is not None:
         # First of all: its connection must not wait for the locals' finishers.
         try:
@@ -272,30 +293,35 @@ def end(scope: Scope) -> None:
         except BaseException as failure:
             fatal = _log(scope, "session.remove", failure)
     if len(local_manager.locals) > 1:
-        fatal = _cleanup(scope) or fatal
+        fatal = _cleanup_others(scope) or fatal
     scope.state = ENDED
     scope.clear()
+    scope.environ = None
     if scope.session is not None:
         # Opened since: by an event of the session's own close, or by a thread that shares the scope.
         _attempt(scope, "session.remove", remove_session, scope)
-    token = scope.token
-    if before is not scope:
-        current.set(before)
-    elif token.old_value is MISSING:
+    return fatal
+
+
+def _close(scope: Scope, body: object, error: BaseException | None) -> None:
+    close = getattr(body, "close", None)
+    if error is not None:
+        _preserve(scope, error)
+        if close is not None:
+            _attempt(scope, "the body's close()", close)
+    elif close is not None:
         try:
-            current.reset(token)
-        except ValueError:  # The end has come in a copy of the context that the scope began in.
-            current.set(NOTHING)
-    else:
-        current.set(token.old_value or NOTHING)  # A scope that has ended since is empty.
-    scope.environ = None
-    del scope.token
-    if fatal is not None:
-        raise fatal
+            close()
+        except BaseException as close_error:
+            _preserve(scope, close_error)
+            raise
 
 
-def _cleanup(scope: Scope) -> BaseException | None:
-    """What ``local_manager.cleanup()`` does, but for the scope's own Local, and for each of them in any case."""
+def _cleanup_others(scope: Scope) -> BaseException | None:
+    """What ``local_manager.cleanup()`` does, but not for the scope's own Local, and for each of them in any case."""
+    outer = scope.token.old_value
+    if isinstance(outer, Scope) and outer.state in (RUNNING, ENDING):
+        return None  # They are still in use: only the outermost application's end is the request's.
     fatal = None
     for other in local_manager.locals:
         if other is not local:
@@ -327,7 +353,7 @@ def _abandon(scope: Scope, body: object) -> None:
     leaked = scope.session is not None
     owner = scope.owner
     try:
-        finish(scope, body)
+        _finish_here(scope, body)
     except BaseException:
         logger.exception("A finisher of a response of %r that was dropped failed", owner)
     if leaked:
@@ -361,12 +387,20 @@ class ScopeContext:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         scope, self._scope = self._scope, None
-        if scope is not None:
+        if scope is None:
+            return
+        before = current.get(None)
+        try:
             finish(scope, error=error)
+        finally:
+            if before is not scope and isinstance(before, Scope) and before.state is RUNNING:
+                current.set(before)  # Entered later, and to be left later: it will need this scope's token.
+            else:
+                leave(scope)
 
     def __del__(self) -> None:
         if self._scope is not None:
-            _abandon(self._scope, None)
+            copy_context().run(_abandon, self._scope, None)
 
 
 class PreservedContext(threading.local):

@@ -32,6 +32,7 @@ __all__ = [
     "application",
     "begin",
     "current",
+    "leave",
     "local",
     "local_manager",
     "release_local",
@@ -73,12 +74,14 @@ class Scope(dict[str, Any]):
     Scopes are told apart by identity. They begin in :func:`begin`, and a request's in the middleware.
     """
 
-    __slots__ = ("environ", "owner", "session", "state", "token")
+    __slots__ = ("environ", "inner", "owner", "session", "state", "token")
 
     #: the middleware instance (or, in a shell, whatever was assigned to ``local.application``)
     owner: Any
     #: the request's environ; None outside of a request and after the end
     environ: dict[str, Any] | None
+    #: what the last step has left on the Local instead of this scope: a context that it is still in
+    inner: Scope | None
     #: the open Session, if the scope has used one
     session: Session | None
     #: RUNNING, WAITING, ENDING or ENDED
@@ -87,12 +90,13 @@ class Scope(dict[str, Any]):
     token: Token[dict[str, Any]]
 
     def copy(self) -> dict[str, Any]:
-        """The scope itself, or a plain dict once it has ended.
+        """The scope itself while the application's code runs, else an empty dict.
 
         Werkzeug's Local copies its dict before it writes. Here the write has to reach every context that the
-        request's code runs in, so the Local is handed the one dict there is.
+        request's code runs in, so the Local is handed the one dict there is. Who writes between two steps or after
+        the end is somebody else, who has found the scope where it was left.
         """
-        return {} if self.state is ENDED else self
+        return {} if self.state is WAITING or self.state is ENDED else self
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name == "application" and self.session is not None and value is not self.get(name):
@@ -110,6 +114,22 @@ def begin(scope: Scope, environ: dict[str, Any] | None = None) -> None:
     """
     scope.owner = scope["application"]
     scope.environ = environ
-    scope.session = None
+    scope.inner = scope.session = None
     scope.state = RUNNING
     scope.token = current.set(scope)
+
+
+def leave(scope: Scope) -> None:
+    """Make the Local what it was before ``scope`` began, but for other scopes that have ended since."""
+    token = scope.token
+    before: Any = token.old_value
+    while isinstance(before, Scope) and before.state is ENDED:
+        # Only a context that was left in another order than it was entered still knows what was before it.
+        before = before.token.old_value if hasattr(before, "token") else Token.MISSING
+    if before is not token.old_value:
+        current.set(NOTHING if before is Token.MISSING else before)
+        return
+    try:
+        current.reset(token)
+    except ValueError:  # The end has come in a copy of the context that the scope began in.
+        current.set(NOTHING if before is Token.MISSING else before)

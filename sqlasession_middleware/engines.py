@@ -43,7 +43,8 @@ DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite", "oracle", "mssql", "cock
 #: SQLite's memdb is shared between connections since 3.36.0 (SQLite's release history).
 MEMDB_SINCE = (3, 36, 0)
 
-_creating = threading.Lock()
+# Reentrant, because the garbage collector may run an abandoned body's code at any time.
+_creating = threading.RLock()
 
 # Dialects of (driver, options) pairs that create_engine() has accepted: 10,000 applications on one kind of
 # database need not make 10,000 engines to find out that their options are right.
@@ -73,7 +74,7 @@ class EngineSource:
             self.url = bind.url
             self._engine = bind
             return
-        self.url = _parse_url(bind)
+        self.url = _absolute(_parse_url(bind))
         if options is not None:
             self._options = _check_options(options)
         if self._options and "pool" in self._options:
@@ -160,6 +161,14 @@ def _share_memory(engine: Engine) -> None:
             keepers.pop().close()
 
 
+def _absolute(url: URL) -> URL:
+    """With the path of a SQLite file as it is now: the process may be in another folder at the first use."""
+    path = url.database
+    if url.get_backend_name() != "sqlite" or not path or path == ":memory:" or path.startswith("file:"):
+        return url
+    return url if os.path.isabs(path) else url.set(database=os.path.join(os.getcwd(), path))
+
+
 def _check_folder(url: URL) -> None:
     path = url.database
     if not path or path == ":memory:" or path.startswith("file:"):
@@ -173,28 +182,33 @@ def _check_folder(url: URL) -> None:
 def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise ConfigurationError("engine_options", f"must be a dict, got {type(options).__name__}.")
+    for name in options:
+        if not isinstance(name, str):
+            raise ConfigurationError("engine_options", f"must have names as keys, got {name!r}.")
     check_types("engine_options", options, ENGINE_OPTIONS)
     return {name: copy_options(value) for name, value in options.items()}
 
 
 def _parse_url(bind: object) -> URL:
-    if isinstance(bind, URL):
-        return bind
-    if not isinstance(bind, str):
+    if not isinstance(bind, str | URL):
         raise ConfigurationError("bind", f"must be a URL string, a URL or an Engine, got {type(bind).__name__}.")
     # Whatever cannot be parsed may hold a password anywhere, so none of it is repeated, and neither is the cause.
-    if "://" not in bind:
+    if isinstance(bind, str) and "://" not in bind:
         raise ConfigurationError(
             "bind", f"must be a database URL such as 'sqlite:///shop.db', got {len(bind)} characters without '://'."
         )
     try:
-        return make_url(bind)
+        url = make_url(bind)
     except (ArgumentError, ValueError):
+        url = None
+    # No host has an '@' in it: it is the end of a password that was not encoded.
+    if url is None or "@" in (url.host or ""):
         raise ConfigurationError(
             "bind",
             "is no URL that SQLAlchemy can read: 'dialect+driver://user:password@host:port/database', with a port"
             " that is a number and each of '@/:?#%' in the user or password percent-encoded.",
-        ) from None
+        )
+    return url
 
 
 @contextmanager
@@ -210,7 +224,7 @@ def _errors_explained(url: URL, options: Mapping[str, Any]) -> Iterator[None]:
             if isinstance(error, TypeError) and guilty not in ENGINE_OPTIONS:
                 problem = f"is not an option of create_engine() for {url.drivername}{nearest(guilty, ENGINE_OPTIONS)}"
             raise ConfigurationError("engine_options", problem, guilty) from None
-        if isinstance(error, NoSuchModuleError):
+        if isinstance(error, NoSuchModuleError) and "sqlalchemy.dialects" in text:
             dialect, _, driver = url.drivername.partition("+")
             what = f"the driver {driver!r} for {dialect}" if driver else f"the database {dialect!r}"
             near = "." if driver else nearest(dialect, DIALECTS)

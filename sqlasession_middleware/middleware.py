@@ -16,16 +16,17 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from sqlalchemy import Engine, MetaData
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from .closing import PLAIN, ListScopeIterator, ScopeContext, finish, respond, respond_joined
-from .context import RUNNING, WAITING, Scope, current
+from .context import ENDED, RUNNING, WAITING, Scope, current
 from .engines import EngineSource
 from .errors import ConfigurationError, nearest
+from .files import call_with_file_wrapper
 from .schema import create_tables, drop_tables, metadata
 from .settings import SESSION_OPTIONS, check_types, copy_options, ini_names, ini_place, read_settings
 
@@ -68,9 +69,7 @@ class SQLASessionMiddleware:
         self._session_class, self._session_options = _read_session_options(session_options)
 
     @classmethod
-    def from_config(
-        cls, app: WSGIApplication, config: Mapping[str, str], prefix: str = "sqlalchemy."
-    ) -> SQLASessionMiddleware:
+    def from_config(cls, app: WSGIApplication, config: Mapping[str, str], prefix: str = "sqlalchemy.") -> Self:
         """Build the middleware from an ini section.
 
         :param config: a flat mapping of strings: ``sqlalchemy.url``, other ``sqlalchemy.*`` keys as
@@ -86,9 +85,11 @@ class SQLASessionMiddleware:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         outer = current.get(None)
-        if outer:
-            if isinstance(outer, Scope) and outer.state is WAITING:
-                # What a request left there that is between two steps, or was dropped: it did not call this one.
+        if outer is not None:
+            if not isinstance(outer, Scope):
+                outer = outer or None
+            elif outer.state is WAITING or outer.state is ENDED:
+                # What a request left there that is between two steps, or over: it did not call this one.
                 outer = None
             else:
                 joined = self._open_scope_of(environ)
@@ -98,21 +99,34 @@ class SQLASessionMiddleware:
         scope = Scope(application=self)
         scope.owner = self
         scope.environ = environ
-        scope.session = None
+        scope.inner = scope.session = None
         scope.state = RUNNING
-        scope.token = current.set(scope)
+        token = scope.token = current.set(scope)
         try:
-            body = self.app(environ, start_response)
+            if "wsgi.file_wrapper" in environ:
+                body, is_file = call_with_file_wrapper(self.app, environ, start_response)
+            else:
+                body, is_file = self.app(environ, start_response), False
+            kind = type(body)
         except BaseException as error:
-            finish(scope, error=error)
+            try:
+                finish(scope, error=error)
+            finally:
+                current.reset(token)
             raise
-        if "wsgi.file_wrapper" in environ and _is_wrapped_file(body, environ):
-            finish(scope)
+        if is_file:
+            try:
+                finish(scope)
+            finally:
+                current.reset(token)
             return body
-        if outer:
-            current.set(outer)
         scope.state = WAITING
-        return ListScopeIterator(body, scope) if type(body) in PLAIN else respond(body, scope)
+        if kind in PLAIN:
+            current.reset(token)
+            return ListScopeIterator(body, scope)
+        # A scope waits on the Local for its next step, unless somebody who is not waiting wants his own back.
+        current.set(outer or scope)
+        return respond(body, scope)
 
     def _open_scope_of(self, environ: WSGIEnvironment) -> Scope | None:
         """This application's scope for the same request, if the present call comes from inside of it."""
@@ -129,10 +143,10 @@ class SQLASessionMiddleware:
             return self.app(environ, start_response)
         current.set(scope)
         try:
-            body = self.app(environ, start_response)
+            body, is_file = call_with_file_wrapper(self.app, environ, start_response)
         finally:
             current.set(before)
-        return body if _is_wrapped_file(body, environ) else respond_joined(body, scope)
+        return body if is_file else respond_joined(body, scope)
 
     def context(self) -> ScopeContext:
         """This application's scope outside of a request: in scripts, shells, workers and tests.
@@ -187,15 +201,6 @@ class SQLASessionMiddleware:
         return f"<{type(self).__name__} of {self.app!r} on {self._source!r}>"
 
 
-def _is_wrapped_file(body: object, environ: WSGIEnvironment) -> bool:
-    """Whether the server will send ``body`` by its own means, sendfile above all, if it finds it unchanged."""
-    wrapper = environ.get("wsgi.file_wrapper")
-    if wrapper is None:
-        return False
-    # uWSGI's is no class: it remembers the file that it is called with, and returns it.
-    return isinstance(body, wrapper) if isinstance(wrapper, type) else hasattr(body, "read")
-
-
 def _read_session_options(options: Mapping[str, Any] | None) -> tuple[type[Session], dict[str, Any]]:
     if options is None:
         return Session, {}
@@ -208,10 +213,17 @@ def _read_session_options(options: Mapping[str, Any] | None) -> tuple[type[Sessi
         raise ConfigurationError("session_options", f"must be a subclass of Session, got {session_class!r}.", "class_")
     parameters = inspect.signature(session_class).parameters
     for name in kept:
+        if not isinstance(name, str):
+            raise ConfigurationError("session_options", f"must have names as keys, got {name!r}.")
         if name in ("bind", "binds"):
             raise ConfigurationError("session_options", "is for the middleware to set: give it as 'bind'.", name)
         if name not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
             raise ConfigurationError(
                 "session_options", f"is not an option of {session_class.__name__}{nearest(name, parameters)}", name
             )
+    if session_class is Session:
+        try:
+            Session(**kept)  # Opens nothing; a class of the user's own may do anything, and is not tried.
+        except Exception as error:
+            raise ConfigurationError("session_options", f"are refused by Session: {error}") from None
     return session_class, kept

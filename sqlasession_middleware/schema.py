@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from threading import Lock
+from threading import RLock
 
 from sqlalchemy import Engine, MetaData, inspect
 from sqlalchemy.exc import DBAPIError
@@ -13,7 +13,7 @@ __all__ = ["create_tables", "drop_tables", "metadata"]
 #: The tables of every application that was not given a metadata of its own.
 metadata = MetaData()
 
-_creating = Lock()
+_creating = RLock()
 
 
 def create_tables(engine: Engine, tables: MetaData) -> None:

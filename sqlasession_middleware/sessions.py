@@ -8,21 +8,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from threading import Lock
+from threading import RLock
 from typing import Any, cast
 
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
-from .context import ENDED, Scope, begin, current
+from .context import ENDED, WAITING, Scope, begin, current
 from .errors import ScopeError
 
 __all__ = ["remove_session", "session"]
 
 logger = logging.getLogger(__name__)
 
-# Threads that share a scope (they were started with its context) must not open two sessions for it.
-_opening = Lock()
+# Threads that share a scope (they were started with its context) must not open two sessions for it. Reentrant, because
+# the garbage collector may run an abandoned body's code, and with it this module's, at any time.
+_opening = RLock()
 
 
 class ShellScope(Scope):
@@ -47,10 +48,10 @@ class ScopeRegistry(ScopedRegistry[Session]):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(open_session, current_scope)
+        super().__init__(new_session, current_scope)
 
     def __call__(self) -> Session:
-        return open_session()
+        return open_session(current_scope())
 
     def has(self) -> bool:
         scope = current.get(None)
@@ -80,7 +81,7 @@ class ScopeSession(scoped_session[Session]):
             opened = scope.session
             if opened is not None:
                 return opened
-        return open_session()
+        return open_session(current_scope())
 
     def remove(self) -> None:
         """Close the scope's Session, if one is open. The next use opens another one.
@@ -88,7 +89,8 @@ class ScopeSession(scoped_session[Session]):
         :raises Exception: what the Session's ``close()`` raised, after its connections were given back.
         """
         scope = current.get(None)
-        if isinstance(scope, Scope):
+        # Between two steps a request's session is not for others to remove.
+        if isinstance(scope, Scope) and scope.state is not WAITING:
             remove_session(scope)
 
     def configure(self, **options: Any) -> None:
@@ -131,15 +133,19 @@ def new_session(**options: Any) -> Session:
     return _session_maker(current_scope())(**options)
 
 
-def open_session() -> Session:
-    """The current scope's Session: the open one, or one that is opened now."""
-    scope = current.get(None)
-    if not isinstance(scope, Scope) or scope.state is ENDED:
-        scope = current_scope()
+def open_session(scope: Scope) -> Session:
+    """The session of ``scope``: the open one, or one that is opened now."""
+    opened = scope.session
+    if opened is not None:
+        return opened
+    # Made outside of the lock: a Session class may do in its constructor what it likes.
+    made = _session_maker(scope)()
     with _opening:
         opened = scope.session
         if opened is None:
-            opened = scope.session = _session_maker(scope)()
+            opened = scope.session = made
+    if opened is not made:
+        made.close()
     if scope.state is ENDED:
         # The request ended in another thread while this one was opening: its end may have seen no session.
         remove_session(scope)
@@ -151,6 +157,8 @@ def _session_maker(scope: Scope) -> Callable[..., Session]:
     owner: Any = scope.get("application")
     make: Callable[..., Session] | None = getattr(owner, "new_session", None)
     if make is None:
+        if owner is None:
+            raise ScopeError("No application is bound here any more: 'local.application' was deleted.")
         if not hasattr(owner, "database_engine"):
             raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
         make = partial(Session, owner.database_engine)

@@ -164,7 +164,10 @@ def _parse(setting: str, text: str, kind: Kind) -> Any:
         raise ConfigurationError(setting, f"must be {kind.name}, which an ini cannot hold: set it in Python.")
     try:
         return kind.parse(text.strip())
-    except Exception:
+    except Exception as error:
+        if kind is DOTTED:
+            why = f"{type(error).__name__}: {error}"
+            raise ConfigurationError(setting, f"must be {kind.name}, got {text!r} ({why}).") from error
         raise ConfigurationError(setting, f"must be {kind.name}, got {text!r}.") from None
 
 
@@ -193,7 +196,9 @@ def check_types(parameter: str, options: Mapping[str, Any], kinds: Mapping[str, 
             continue
         # True is an int to Python, but nobody means a pool of True connections.
         if not isinstance(value, kind.types) or (isinstance(value, bool) and bool not in kind.types):
-            raise ConfigurationError(parameter, f"must be {kind.name}, got {value!r}.", name)
+            # What should have been a dict may be a driver's connection string, with a password in it.
+            found = type(value).__name__ if dict in kind.types else repr(value)
+            raise ConfigurationError(parameter, f"must be {kind.name}, got {found}.", name)
 
 
 def copy_options(value: Any) -> Any:

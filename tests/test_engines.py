@@ -63,6 +63,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "session class": ({"session_options": {"class_": dict}}, r"\['class_'\] must be a subclass of Session"),
     "session type": ({"session_options": {"autoflush": "no"}}, r"\['autoflush'\] must be true or false, got 'no'"),
     "session options": ({"session_options": ["autoflush"]}, "session_options must be a dict, got list"),
+    "@ in the password": ({"bind": f"postgresql+psycopg://me:p@{SECRET}@localhost/shop"}, "percent-encoded"),
+    "connect_args": ({"engine_options": {"connect_args": f"password={SECRET}"}}, r"must be a dict, got str\."),
+    "engine option's name": ({"engine_options": {5: 5}}, "engine_options must have names as keys, got 5"),
+    "session option's name": ({"session_options": {5: 5}}, "session_options must have names as keys, got 5"),
+    "session value": ({"session_options": {"join_transaction_mode": "zzz"}}, "session_options are refused by Session"),
+    "plugin": ({"bind": "sqlite://?plugin=nosuch"}, "cannot make an engine of sqlite: .*plugins:"),
     "metadata": ({"metadata": numbers}, "metadata must be a MetaData, .* got Table"),
     "app": ({"app": None}, "app must be a WSGI application, a callable, got NoneType"),
 }
@@ -382,3 +388,15 @@ def test_construction_warns_of_nothing() -> None:
         warnings.simplefilter("error")
         wrap("sqlite://")
         wrap("postgresql+psycopg://localhost/shop")
+
+
+def test_relative_path_is_taken_from_where_the_application_was_made(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon is in another folder by the time of the first request."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    app = wrap("sqlite:///shop.db")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with app.context():
+        select_one()
+    app.dispose()
+    assert (tmp_path / "shop.db").exists()

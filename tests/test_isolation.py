@@ -131,7 +131,10 @@ class Requests(RuleBasedStateMachine):
     def ended(self, owner: Owner) -> None:
         owner.open = False
         if self.seen is owner and not self.running:
-            self.seen = owner.before if owner.before is not None and owner.before.open else None
+            before = owner.before
+            while before is not None and not before.open:
+                before = None if isinstance(before, Request) else before.before
+            self.seen = before
 
     def inside(self, place: int, action: Callable[[], None]) -> None:
         """Do something where the server's code runs, or in a step of some request's body."""
@@ -163,7 +166,7 @@ class Requests(RuleBasedStateMachine):
         request.result = app(environ(**{"test.request": request}), start_response)
         request.steps = iter(request.result) if by_iter else request.result
         in_context = self.seen is not None and self.seen.open and not isinstance(self.seen, Request)
-        if not self.running and not in_context:
+        if body == "generator" and not self.running and not in_context:
             self.seen = request
         self.owners.append(request)
         self.look()
@@ -186,7 +189,9 @@ class Requests(RuleBasedStateMachine):
                 request.result = request.steps = None
         else:
             request.result = request.steps = None
-        self.ended(request)
+        request.open = False
+        if self.seen is request:
+            self.seen = None  # A finalizer cannot put back what was before.
         self.look()
 
     def fail(self, request: Request) -> None:

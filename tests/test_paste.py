@@ -365,7 +365,10 @@ MISTAKES = {
     "sqlalchemy.echo": ("loud", "must be true, false or 'debug', got 'loud'."),
     "sqlalchemy.poolclass": (
         "NullPool",
-        "must be the dotted name of something that can be imported, 'package.module:name', got 'NullPool'.",
+        (
+            "must be the dotted name of something that can be imported, 'package.module:name', got 'NullPool'"
+            " (ModuleNotFoundError: No module named 'NullPool')."
+        ),
     ),
     "sqlalchemy.connect_args": (
         "{'password': 'hunter2-s3cret'}",
@@ -561,7 +564,7 @@ def test_section_is_what_from_config_takes_when_it_is_read_by_appconfig(
     app = configured(getattr(config, attribute) if attribute else config)
     assert app.engine.pool.size() == 3
     # The place of the file is in the whole configuration only.
-    assert app.engine.url == make_url("sqlite:///shop.db" if attribute else f"sqlite:///{tmp_path}/shop.db")
+    assert app.engine.url == make_url(f"sqlite:///{Path.cwd() if attribute else tmp_path}/shop.db")
     with app.context():
         assert session().expire_on_commit is False
 
