@@ -35,7 +35,7 @@ from .context import (
 from .errors import ScopeError
 from .sessions import remove_session, session
 
-__all__ = ["ScopeContext", "ScopeIterator", "finish", "respond", "respond_joined"]
+__all__ = ["PLAIN", "ListScopeIterator", "ScopeContext", "ScopeIterator", "finish", "respond", "respond_joined"]
 
 logger = logging.getLogger(__name__)
 
