@@ -35,7 +35,7 @@ from .context import (
 from .errors import ScopeError
 from .sessions import remove_session, session
 
-__all__ = ["PLAIN", "ListScopeIterator", "ScopeContext", "ScopeIterator", "finish", "respond", "respond_joined"]
+__all__ = ["ListScopeIterator", "ScopeContext", "ScopeIterator", "finish", "respond", "respond_joined"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,12 @@ class ScopeIterator(ClosingIterator):
                     if get(None) is not scope:
                         self._note_inner()
                         current.set(scope)
+                        scope.state = waiting
+                        yield chunk
+                        break
                     scope.state = waiting
                     yield chunk
-                    if get(None) is not scope or scope.inner is not None or scope.state is not waiting:
+                    if get(None) is not scope or scope.state is not waiting:
                         break
                     scope.state = running
                 else:
@@ -172,7 +175,10 @@ class SizedScopeIterator(ScopeIterator):
 
 
 class ListScopeIterator(SizedScopeIterator):
-    """The same for what is :data:`PLAIN`: handed over as it is, its scope already taken off the Local."""
+    """The same for a list or tuple: no code of the application runs while a server steps through it.
+
+    It is handed over as it is, and its scope is off the Local already.
+    """
 
     __slots__ = ()
 
@@ -187,12 +193,17 @@ class ListScopeIterator(SizedScopeIterator):
     def close(self) -> None:
         scope = self._scope
         if scope.state < ENDING:
-            if scope.session is not None:
-                _finish_here(scope)
-            else:
+            if scope.session is None:
                 fatal = end(scope)
-                if fatal is not None:
-                    raise fatal
+            else:
+                scope.state = ENDING
+                token = current.set(scope)
+                try:
+                    fatal = end(scope)
+                finally:
+                    current.reset(token)
+            if fatal is not None:
+                raise fatal
 
 
 class JoinedIterator(ScopeIterator):
@@ -222,10 +233,6 @@ class SizedJoinedIterator(JoinedIterator, SizedScopeIterator):
     """Both."""
 
     __slots__ = ()
-
-
-#: No code of the application runs while a server steps through one of these.
-PLAIN = frozenset([list, tuple])
 
 
 def respond(body: Iterable[bytes], scope: Scope) -> ScopeIterator:

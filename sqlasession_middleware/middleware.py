@@ -22,7 +22,7 @@ from sqlalchemy import Engine, MetaData
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
-from .closing import PLAIN, ListScopeIterator, ScopeContext, finish, respond, respond_joined
+from .closing import ListScopeIterator, ScopeContext, finish, respond, respond_joined
 from .context import ENDED, RUNNING, WAITING, Scope, current
 from .engines import EngineSource
 from .errors import ConfigurationError, nearest
@@ -121,7 +121,7 @@ class SQLASessionMiddleware:
                 current.reset(token)
             return body
         scope.state = WAITING
-        if kind in PLAIN:
+        if kind is list or kind is tuple:
             current.reset(token)
             return ListScopeIterator(body, scope)
         # A scope waits on the Local for its next step, unless somebody who is not waiting wants his own back.

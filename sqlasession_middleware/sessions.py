@@ -81,6 +81,8 @@ class ScopeSession(scoped_session[Session]):
             opened = scope.session
             if opened is not None:
                 return opened
+            if scope.state is not ENDED:
+                return open_session(scope)
         return open_session(current_scope())
 
     def remove(self) -> None:
@@ -130,7 +132,9 @@ def new_session(**options: Any) -> Session:
 
     :param options: of :class:`~sqlalchemy.orm.Session`, over the application's own ``session_options``.
     """
-    return _session_maker(current_scope())(**options)
+    scope = current_scope()
+    make = getattr(scope.get("application"), "new_session", None) or _find_maker(scope)
+    return make(**options)
 
 
 def open_session(scope: Scope) -> Session:
@@ -138,8 +142,9 @@ def open_session(scope: Scope) -> Session:
     opened = scope.session
     if opened is not None:
         return opened
+    make = getattr(scope.get("application"), "new_session", None) or _find_maker(scope)
     # Made outside of the lock: a Session class may do in its constructor what it likes.
-    made = _session_maker(scope)()
+    made = make()
     with _opening:
         opened = scope.session
         if opened is None:
@@ -153,16 +158,14 @@ def open_session(scope: Scope) -> Session:
     return opened
 
 
-def _session_maker(scope: Scope) -> Callable[..., Session]:
-    owner: Any = scope.get("application")
-    make: Callable[..., Session] | None = getattr(owner, "new_session", None)
-    if make is None:
-        if owner is None:
-            raise ScopeError("No application is bound here any more: 'local.application' was deleted.")
-        if not hasattr(owner, "database_engine"):
-            raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
-        make = partial(Session, owner.database_engine)
-    return make
+def _find_maker(scope: Scope) -> Callable[..., Session]:
+    """What makes a Session where ``local.application`` is not the middleware, but an object as in the pattern."""
+    owner = scope.get("application")
+    if owner is None:
+        raise ScopeError("No application is bound here any more: 'local.application' was deleted.")
+    if not hasattr(owner, "database_engine"):
+        raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
+    return partial(Session, owner.database_engine)
 
 
 def remove_session(scope: Scope) -> None:
