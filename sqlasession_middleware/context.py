@@ -107,14 +107,13 @@ class Scope(dict[str, Any]):
         super().__setitem__(name, value)
 
 
-def begin(scope: Scope, environ: dict[str, Any] | None = None) -> None:
-    """Make a new scope the current one.
+def begin(scope: Scope) -> None:
+    """Make a new scope that is no request's the current one.
 
     :param scope: holds its ``application`` already.
     """
     scope.owner = scope["application"]
-    scope.environ = environ
-    scope.inner = scope.session = None
+    scope.environ = scope.inner = scope.session = None
     scope.state = RUNNING
     scope.token = current.set(scope)
 

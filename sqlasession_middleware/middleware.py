@@ -95,7 +95,7 @@ class SQLASessionMiddleware:
                 joined = self._open_scope_of(environ)
                 if joined is not None:
                     return self._join(joined, environ, start_response)
-        # What begin() does, without the call.
+        # As begin() does for other scopes: here a call would be felt.
         scope = Scope(application=self)
         scope.owner = self
         scope.environ = environ

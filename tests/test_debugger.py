@@ -110,7 +110,7 @@ def debug(app: Any) -> DebuggedApplication:
 
 
 def assert_over(app: SQLASessionMiddleware) -> None:
-    assert app.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert app.engine.pool.checkedout() == 0
     assert list(local) == []
     assert not application
 

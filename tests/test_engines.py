@@ -316,7 +316,7 @@ def test_dict_of_options_is_nobody_elses(sqlite_url: str) -> None:
     options = {"connect_args": {"timeout": 5.0, "uri": False}, "execution_options": {"tags": [1, (2, {3})]}}
     app = wrap(sqlite_url, engine_options=options)
     options["connect_args"]["timeout"] = statements
-    options["execution_options"]["tags"].append(4)  # type: ignore[attr-defined]
+    options["execution_options"]["tags"].append(4)
     info = {"by": ["one"]}
     sessions = wrap(sqlite_url, session_options={"info": info})
     info["by"].append("two")

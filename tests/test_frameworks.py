@@ -69,7 +69,7 @@ def wrap() -> Iterator[Wrap]:
 
 def assert_over(app: SQLASessionMiddleware) -> None:
     """No request of ``app`` is open, and nothing of one is left."""
-    assert app.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert app.engine.pool.checkedout() == 0
     assert list(local) == []
     assert not application
     with pytest.raises(ScopeError, match="No application is bound"):
@@ -124,8 +124,8 @@ def test_session_is_open_between_chunks_when_streaming(framework, wrap: Wrap, sq
     app = wrap(framework(False), sqlite_url)
     body = app(EnvironBuilder("/stream").get_environ(), lambda status, headers, exc_info=None: None)
     assert next(iter(body)) == b"Guests 0\n"
-    assert app.engine.pool.checkedout() == 1  # type: ignore[attr-defined]
-    body.close()  # type: ignore[attr-defined]
+    assert app.engine.pool.checkedout() == 1
+    body.close()
     assert_over(app)
     assert stored(app) == []
 
@@ -141,7 +141,7 @@ def test_server_gets_its_own_file_wrapper_when_a_file_is_sent(framework, wrap: W
         assert_over(app)
         assert b"".join(body) == FILE.read_bytes()
     finally:
-        body.close()  # type: ignore[attr-defined]
+        body.close()
     assert seen == [app]
     assert stored(app) == []
 

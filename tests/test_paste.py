@@ -138,7 +138,7 @@ def test_requests_are_served_when_an_ini_stacks_the_middleware_by(ini: str, load
     assert get(app, "/Ada") == "Ada"
     assert get(app, "/") == "Ada"
     assert app.engine.url.database == str(tmp_path / "test.db")
-    assert app.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert app.engine.pool.checkedout() == 0
 
 
 @pytest.mark.parametrize("composite", ["egg:Paste#urlmap", "call:tests.paste_apps:mount"])
@@ -528,7 +528,7 @@ def test_keys_are_another_prefixs_when_one_is_given(tmp_path: Path) -> None:
     settings = {"db.url": "sqlite:///shop.db", "db.pool_size": "3", "here": str(tmp_path)}
     app = SQLASessionMiddleware.from_config(Response("unused"), settings, prefix="db.")
     assert app.engine.url == make_url(f"sqlite:///{tmp_path}/shop.db")
-    assert app.engine.pool.size() == 3  # type: ignore[attr-defined]
+    assert app.engine.pool.size() == 3
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def wrap() -> Iterator[Callable[[Wsgi], SQLASessionMiddleware]]:
 
     yield wrap
     for app in made:
-        assert app.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        assert app.engine.pool.checkedout() == 0
         app.dispose()
     assert list(local) == []
 

@@ -408,7 +408,7 @@ def serve_a2wsgi(port: int) -> None:
     import uvicorn
     from a2wsgi import WSGIMiddleware
 
-    uvicorn.run(WSGIMiddleware(app, workers=THREADS), host="127.0.0.1", port=port)  # type: ignore[arg-type]
+    uvicorn.run(WSGIMiddleware(app, workers=THREADS), host="127.0.0.1", port=port)
 
 
 if __name__ == "__main__":
