@@ -302,16 +302,17 @@ def test_other_locals_are_kept_until_the_outermost_application_ends(
     assert not hasattr(others, "word")
 
 
+@pytest.mark.parametrize("body", [list, iter], ids=["list", "iterator"])
 @pytest.mark.parametrize("uses_session", [False, True], ids=["no session", "session"])
 def test_kill_goes_on_to_the_server_when_it_comes_as_a_local_is_released(
-    sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch, uses_session: bool
+    sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch, uses_session: bool, body: Any
 ) -> None:
     class Killed:
         def __release_local__(self) -> None:
             raise GreenletExit
 
     monkeypatch.setattr(local_manager, "locals", [local, Killed()])
-    app = wrap(lambda environ, start: [b"x"] * (select_one() if uses_session else 1), sqlite_engine)
+    app = wrap(lambda environ, start: body([b"x"] * (select_one() if uses_session else 1)), sqlite_engine)
     result = app(environ(), send_nothing)
     with pytest.raises(GreenletExit):
         result.close()
