@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+COMMA = ,
 
 .PHONY: demo test lint types docs dist bench clean
 
@@ -33,6 +34,9 @@ dist: $(VENV)/installed-dist
 # What the middleware costs a request; takes some minutes and wants an idle machine.
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/per_request.py
+	$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt
+	$(BIN)/python benchmarks/transactions.py
+	$(BIN)/python benchmarks/streams.py
 
 clean:
 	rm -rf $(VENV) build dist docs/_build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
@@ -44,7 +48,7 @@ $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# What a target needs is an extra of setup.cfg, installed anew when that has changed.
+# What a target needs is an extra of setup.cfg, installed anew when that has changed. EXTRAS=drivers for more.
 $(VENV)/installed-%: setup.cfg $(VENV)/created
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --editable '.[$*$(if $(EXTRAS),$(COMMA)$(EXTRAS))]'
 	touch $@

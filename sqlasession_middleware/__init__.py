@@ -4,5 +4,16 @@ from .context import application, local, local_manager
 from .middleware import SQLASessionMiddleware
 from .schema import metadata
 from .sessions import session
+from .streams import release
+from .transaction import doom
 
-__all__ = ["SQLASessionMiddleware", "application", "local", "local_manager", "metadata", "session"]
+__all__ = [
+    "SQLASessionMiddleware",
+    "application",
+    "doom",
+    "local",
+    "local_manager",
+    "metadata",
+    "release",
+    "session",
+]

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import copy_context
+from itertools import chain
 from types import GeneratorType, TracebackType
 from typing import Any, cast
 
@@ -34,6 +35,8 @@ from .context import (
 )
 from .errors import ScopeError
 from .sessions import remove_session, session
+from .streams import steps
+from .watch import watch_inner
 
 __all__ = ["ListScopeIterator", "ScopeContext", "ScopeIterator", "finish", "respond", "respond_joined"]
 
@@ -113,13 +116,13 @@ class ScopeIterator(ClosingIterator):
 
     def _iterate(self) -> Iterator[bytes]:
         if self._iterator is None:
-            self._iterator = iter(self._body)
+            self._iterator = steps(self._scope, self._body)
         return self._iterator
 
     def _iterate_again(self) -> Iterator[bytes]:
         """The iterator as a ``for`` loop can take it: some have no ``iter()`` of their own, or only once."""
         iterator = self._iterate()
-        return iterator if type(iterator) is GeneratorType else iter(iterator.__next__, _END)
+        return iterator if type(iterator) is GeneratorType or type(iterator) is chain else iter(iterator.__next__, _END)
 
     def _visit(self) -> bytes:
         """Take a step with the scope current in it, and the caller's again after it; ``_END`` at the end."""
@@ -210,6 +213,12 @@ class JoinedIterator(ScopeIterator):
     """A body that runs in a scope which another response owns and will end."""
 
     __slots__ = ()
+
+    def _iterate(self) -> Iterator[bytes]:
+        # The response that owns the scope steps through this one, and knows whether it is a stream.
+        if self._iterator is None:
+            self._iterator = iter(self._body)
+        return self._iterator
 
     def _fail(self, error: BaseException) -> None:
         """Nothing: it goes on to the response that owns the scope."""
@@ -303,7 +312,7 @@ def end(scope: Scope) -> BaseException | None:
         fatal = _cleanup_others(scope) or fatal
     scope.state = ENDED
     scope.clear()
-    scope.environ = None
+    scope.environ = scope.start_response = scope.transaction = scope.failure = None
     if scope.session is not None:
         # Opened since: by an event of the session's own close, or by a thread that shares the scope.
         _attempt(scope, "session.remove", remove_session, scope)
@@ -386,6 +395,7 @@ class ScopeContext:
     def __enter__(self) -> scoped_session[Session]:
         if self._scope is not None:
             raise ScopeError(f"This context of {self._owner!r} is entered already: call context() for each 'with'.")
+        watch_inner(self._owner)
         self._scope = scope = Scope(self._values or (), application=self._owner)
         begin(scope)
         return session

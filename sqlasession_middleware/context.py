@@ -18,9 +18,14 @@ from werkzeug.local import Local, LocalManager, release_local
 from .errors import ScopeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from _typeshed.wsgi import StartResponse
     from sqlalchemy.orm import Session
 
     from .middleware import SQLASessionMiddleware
+    from .transaction import Attempt
+    from .watch import Noted
 
 __all__ = [
     "ENDED",
@@ -74,20 +79,46 @@ class Scope(dict[str, Any]):
     Scopes are told apart by identity. They begin in :func:`begin`, and a request's in the middleware.
     """
 
-    __slots__ = ("environ", "inner", "owner", "session", "state", "token")
+    __slots__ = (
+        "environ",
+        "failure",
+        "headers",
+        "inner",
+        "owner",
+        "session",
+        "start_response",
+        "state",
+        "token",
+        "transaction",
+    )
 
     #: the middleware instance (or, in a shell, whatever was assigned to ``local.application``)
     owner: Any
     #: the request's environ; None outside of a request and after the end
     environ: dict[str, Any] | None
+    #: the last failure of the database that the scope has met, where somebody asks for it
+    failure: Noted | None
+    #: the response's headers, once the application has told them
+    headers: list[tuple[str, str]] | None
     #: what the last step has left on the Local instead of this scope: a context that it is still in
     inner: Scope | None
     #: the open Session, if the scope has used one
     session: Session | None
+    #: the server's; None outside of a request and after the end
+    start_response: StartResponse | None
     #: RUNNING, WAITING, ENDING or ENDED
     state: int
     #: what ``current.set()`` gave when the scope began: ``old_value`` is what the Local held before
     token: Token[dict[str, Any]]
+    #: the attempt at a transaction that will commit, where a TransactionMiddleware is in charge
+    transaction: Attempt | None
+
+    def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
+        """The application's ``start_response``: the headers tell whether the body is a stream of events."""
+        self.headers = headers
+        start_response = self.start_response
+        assert start_response is not None
+        return start_response(status, headers) if exc_info is None else start_response(status, headers, exc_info)
 
     def copy(self) -> dict[str, Any]:
         """The scope itself while the application's code runs, else an empty dict.
@@ -113,7 +144,8 @@ def begin(scope: Scope) -> None:
     :param scope: holds its ``application`` already.
     """
     scope.owner = scope["application"]
-    scope.environ = scope.inner = scope.session = None
+    scope.environ = scope.start_response = scope.headers = None
+    scope.inner = scope.session = scope.transaction = scope.failure = None
     scope.state = RUNNING
     scope.token = current.set(scope)
 

@@ -34,6 +34,7 @@ from sqlalchemy.pool import QueuePool
 
 from .errors import ConfigurationError, nearest
 from .settings import ENGINE_OPTIONS, check_types, copy_options
+from .watch import WatchedPool
 
 __all__ = ["EngineSource"]
 
@@ -125,7 +126,7 @@ class EngineSource:
         url, options = self.url, dict(self._options or {})
         memory = not {"creator", "pool", "poolclass"} & options.keys() and _is_memory(url)
         if memory:
-            options["poolclass"] = QueuePool
+            options["poolclass"] = WatchedPool
             options["connect_args"] = {"check_same_thread": False, **options.get("connect_args", {})}
             if sqlite3.sqlite_version_info < MEMDB_SINCE:
                 # One connection, one request at a time: slower, but no request sees or undoes another's work.
@@ -133,6 +134,10 @@ class EngineSource:
         elif "pool" not in options and url.get_backend_name() != "sqlite":
             options.setdefault("pool_pre_ping", True)
         with _errors_explained(url, options):
+            if not {"pool", "poolclass"} & options.keys():
+                pool_class = getattr(url.get_dialect(), "get_pool_class", None)
+                if pool_class is not None and pool_class(url) is QueuePool:
+                    options["poolclass"] = WatchedPool
             engine = create_engine(url, **options)
         if memory and sqlite3.sqlite_version_info >= MEMDB_SINCE:
             _share_memory(engine)

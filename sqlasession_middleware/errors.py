@@ -8,11 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
-__all__ = ["ConfigurationError", "ScopeError"]
+__all__ = ["ConfigurationError", "ScopeError", "TransactionAborted", "nearest"]
 
 
 class ScopeError(RuntimeError):
     """`session` was used where no application is bound, or after its request was over."""
+
+
+class TransactionAborted(RuntimeError):  # noqa: N818  # the field's term
+    """The transaction cannot be committed: the database gave it up after an error, and the application went on.
+
+    PostgreSQL would answer the COMMIT with a ROLLBACK and no error, so a success would have stored nothing.
+    """
 
 
 class ConfigurationError(ValueError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-__all__ = ["call_with_file_wrapper"]
+__all__ = ["call_with_file_wrapper", "is_file"]
 
 
 def call_with_file_wrapper(
@@ -30,6 +30,14 @@ def call_with_file_wrapper(
     finally:
         environ["wsgi.file_wrapper"] = wrapper
     return body, any(body is made for made in recorder.made)
+
+
+def is_file(environ: WSGIEnvironment, body: object) -> bool:
+    """Whether ``body`` is what the server's ``wsgi.file_wrapper`` made, inside of :func:`call_with_file_wrapper`."""
+    wrapper = environ.get("wsgi.file_wrapper")
+    if isinstance(wrapper, _Recorder):
+        return any(body is made for made in wrapper.made)
+    return isinstance(wrapper, type) and isinstance(body, wrapper)
 
 
 class _Recorder:

@@ -13,7 +13,7 @@ closed when the response is closed; what was not committed is rolled back.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,7 +28,11 @@ from .engines import EngineSource
 from .errors import ConfigurationError, nearest
 from .files import call_with_file_wrapper
 from .schema import create_tables, drop_tables, metadata
+from .sessions import session_class_for
 from .settings import SESSION_OPTIONS, check_types, copy_options, ini_names, ini_place, read_settings
+from .transaction import TransactionMiddleware
+from .unavailable import UnavailableMiddleware
+from .watch import watch_inner
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -45,6 +49,12 @@ class SQLASessionMiddleware:
     :param engine_options: of :func:`sqlalchemy.create_engine`.
     :param session_options: of :class:`sqlalchemy.orm.Session`; ``class_`` is the Session class itself.
     :param metadata: the tables for :meth:`init_database`.
+    :param transaction: commit on success: True, or a dict of the options of
+        :class:`~sqlasession_middleware.transaction.TransactionMiddleware`.
+    :param unavailable: answer 503 where the database is out of reach: True, or a dict of the options of
+        :class:`~sqlasession_middleware.unavailable.UnavailableMiddleware`.
+    :param streams: content types of responses that hold no connection between two chunks, as ``text/event-stream``
+        does not between two events.
     :raises ConfigurationError: if a setting is wrong. The database is not contacted for that.
     """
 
@@ -56,6 +66,9 @@ class SQLASessionMiddleware:
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
         metadata: MetaData = metadata,
+        transaction: bool | Mapping[str, Any] = False,
+        unavailable: bool | Mapping[str, Any] = False,
+        streams: Collection[str] = (),
     ) -> None:
         if not callable(app):
             raise ConfigurationError("app", f"must be a WSGI application, a callable, got {type(app).__name__}.")
@@ -67,6 +80,10 @@ class SQLASessionMiddleware:
         self.metadata = metadata
         self._source = EngineSource(bind, engine_options)
         self._session_class, self._session_options = _read_session_options(session_options)
+        self.streams = _read_streams(streams)
+        # Inside of the scope, and in this order: a failure is answered only after the last attempt.
+        app = _wrap("transaction", TransactionMiddleware, app, transaction)
+        self._inner = _wrap("unavailable", UnavailableMiddleware, app, unavailable)
 
     @classmethod
     def from_config(cls, app: WSGIApplication, config: Mapping[str, str], prefix: str = "sqlalchemy.") -> Self:
@@ -95,18 +112,20 @@ class SQLASessionMiddleware:
                 joined = self._open_scope_of(environ)
                 if joined is not None:
                     return self._join(joined, environ, start_response)
+                watch_inner(self)
         # As begin() does for other scopes: here a call would be felt.
         scope = Scope(application=self)
         scope.owner = self
         scope.environ = environ
-        scope.inner = scope.session = None
+        scope.start_response = start_response
+        scope.headers = scope.inner = scope.session = scope.transaction = scope.failure = None
         scope.state = RUNNING
         token = scope.token = current.set(scope)
         try:
             if "wsgi.file_wrapper" in environ:
-                body, is_file = call_with_file_wrapper(self.app, environ, start_response)
+                body, is_file = call_with_file_wrapper(self._inner, environ, scope.start)
             else:
-                body, is_file = self.app(environ, start_response), False
+                body, is_file = self._inner(environ, scope.start), False
             kind = type(body)
         except BaseException as error:
             try:
@@ -180,7 +199,9 @@ class SQLASessionMiddleware:
 
         It takes options of the Session, over the application's ``session_options``.
         """
-        return partial(self._session_class, bind=self._source.engine, **self._session_options)
+        engine = self._source.engine
+        session_class = session_class_for(engine.dialect.name, self._session_class)
+        return partial(session_class, bind=engine, **self._session_options)
 
     def init_database(self) -> None:
         """Create the tables of :attr:`metadata` that are not there yet. Needs no scope.
@@ -199,6 +220,32 @@ class SQLASessionMiddleware:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.app!r} on {self._source!r}>"
+
+
+def _wrap(parameter: str, wrapper: Callable[..., WSGIApplication], app: WSGIApplication, options: Any) -> Any:
+    """``app`` in a middleware, if its options are not false."""
+    if not isinstance(options, bool | Mapping):
+        raise ConfigurationError(parameter, f"must be true, false or a dict of options, got {type(options).__name__}.")
+    if options is False:
+        return app
+    options = {} if options is True else options
+    known = [name for name in inspect.signature(wrapper).parameters if name != "app"]
+    for name in options:
+        if name not in known:
+            raise ConfigurationError(parameter, f"is not an option{nearest(str(name), known)}", name)
+    try:
+        return wrapper(app, **options)
+    except ConfigurationError as error:
+        raise ConfigurationError(parameter, error.problem, error.parameter) from error.__cause__
+
+
+def _read_streams(content_types: Any) -> frozenset[str]:
+    if isinstance(content_types, str) or not isinstance(content_types, Collection):
+        raise ConfigurationError("streams", f"must be a list of content types, got {content_types!r}.")
+    for each in content_types:
+        if not isinstance(each, str) or each.count("/") != 1 or ";" in each:
+            raise ConfigurationError("streams", f"must hold content types such as 'text/csv', got {each!r}.")
+    return frozenset(each.strip().lower() for each in content_types)
 
 
 def _read_session_options(options: Mapping[str, Any] | None) -> tuple[type[Session], dict[str, Any]]:

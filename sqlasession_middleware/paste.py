@@ -11,15 +11,21 @@ Nothing here imports PasteDeploy: it calls, and hands over strings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
+from .errors import ConfigurationError
 from .middleware import SQLASessionMiddleware
+from .settings import TRANSACTION_OPTIONS, UNAVAILABLE_OPTIONS, Kind, ini_place, read_options
+from .transaction import TransactionMiddleware
+from .unavailable import UnavailableMiddleware
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
-__all__ = ["main"]
+Middleware = TypeVar("Middleware")
+
+__all__ = ["main", "transaction", "unavailable"]
 
 
 def main(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> SQLASessionMiddleware:
@@ -30,3 +36,33 @@ def main(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) 
     """
     place = {key: global_conf[key] for key in ("here", "__file__") if key in global_conf}
     return SQLASessionMiddleware.from_config(app, {**place, **settings})
+
+
+def transaction(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> TransactionMiddleware:
+    """The ``paste.filter_app_factory`` named ``transaction``.
+
+    :param settings: the options of :class:`TransactionMiddleware`, without a prefix.
+    """
+    return _make(TransactionMiddleware, app, settings, TRANSACTION_OPTIONS, ini_place(global_conf))
+
+
+def unavailable(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> UnavailableMiddleware:
+    """The ``paste.filter_app_factory`` named ``unavailable``.
+
+    :param settings: the options of :class:`UnavailableMiddleware`, without a prefix.
+    """
+    return _make(UnavailableMiddleware, app, settings, UNAVAILABLE_OPTIONS, ini_place(global_conf))
+
+
+def _make(
+    middleware: Callable[..., Middleware],
+    app: WSGIApplication,
+    settings: Mapping[str, str],
+    kinds: Mapping[str, Kind],
+    place: str,
+) -> Middleware:
+    options = read_options(settings, kinds, place)
+    try:
+        return middleware(app, **options)
+    except ConfigurationError as error:
+        raise error.renamed({}, place) from error.__cause__

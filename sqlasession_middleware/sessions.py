@@ -6,24 +6,133 @@ The registry behind it is the scope itself: one slot, no dict to forget a key in
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import RLock
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
+from weakref import ref
 
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy import Result, event
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
 from .context import ENDED, WAITING, Scope, begin, current
-from .errors import ScopeError
+from .drivers import begin_writing, can_tell_writes, is_aborted
+from .errors import ScopeError, TransactionAborted
+from .statements import is_read
+from .watch import attempts
 
-__all__ = ["remove_session", "session"]
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import ExecutionContext
+
+__all__ = ["NotingSession", "close_transaction", "open_connections", "remove_session", "session", "session_class_for"]
 
 logger = logging.getLogger(__name__)
 
 # Threads that share a scope (they were started with its context) must not open two sessions for it. Reentrant, because
 # the garbage collector may run an abandoned body's code, and with it this module's, at any time.
 _opening = RLock()
+
+
+class RequestSession(Session):
+    """The Session of a request: it commits nothing that the database has given up, and its savepoints are inside."""
+
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        # Python's sqlite3 begins a transaction before a statement that writes, and not before a SAVEPOINT (its
+        # "Transaction control"): one before the first write would be the transaction itself, committed by its RELEASE.
+        if nested:
+            connection = self.connection()
+            if connection.dialect.name == "sqlite":
+                begin_writing(connection)
+        return super().begin(nested)
+
+
+@event.listens_for(RequestSession, "before_commit")
+def _refuse_given_up(opened: Session) -> None:
+    """Where a transaction of ours is in charge, in the application's own commits too."""
+    scope = current.get(None)
+    if isinstance(scope, Scope) and scope.transaction is not None and scope.session is opened:
+        given_up = scope.transaction.rolled_back is opened.get_transaction()
+        if given_up or any(is_aborted(connection) for connection in open_connections(opened)):
+            raise TransactionAborted(
+                "The transaction cannot be committed: the database has given it up after an error that the application"
+                " caught. Let the error pass, or put what may fail into 'with session.begin_nested():'."
+            )
+
+
+@event.listens_for(RequestSession, "after_commit")
+def _count_commit(opened: Session) -> None:
+    """On whatever engine it was: an attempt that has committed is not repeated."""
+    for attempt in attempts():
+        attempt.commits += 1
+
+
+class NotingSession(RequestSession):
+    """The same where neither database nor driver tell what a transaction has written and has still to read."""
+
+    #: the transaction of the last statement that wrote; _NEXT if that one was about to begin it
+    _written: object = None
+    #: the execution contexts of server-side cursors, as long as somebody has their results
+    _streamed: Sequence[ref[ExecutionContext]] = ()
+    _NEXT = object()
+
+    def get_bind(self, mapper: Any = None, *, clause: Any = None, **more: Any) -> Any:
+        # SQLAlchemy asks for a bind before each statement; without a statement it is a flush, or the connection itself.
+        if clause is None or not is_read(clause):
+            self._written = self.get_transaction() or self._NEXT
+        elif self._written is self._NEXT:
+            self._written = self.get_transaction()
+        return super().get_bind(mapper, clause=clause, **more)
+
+    def has_written(self) -> bool:
+        """Whether the open transaction may have written."""
+        written = self._written
+        return written is not None and (written is self._NEXT or written is self.get_transaction())
+
+    def has_open_cursor(self) -> bool:
+        """Whether rows are still to be fetched from a server-side cursor."""
+        contexts = (reference() for reference in self._streamed)
+        return any(context is not None and not _is_closed(context.cursor) for context in contexts)
+
+
+def _is_closed(cursor: Any) -> bool:
+    """Whether a driver's cursor is closed, as SQLAlchemy does after the last row. Some only forget their connection."""
+    return bool(cursor.closed) if hasattr(cursor, "closed") else cursor.connection is None
+
+
+@event.listens_for(NotingSession, "do_orm_execute")
+def _note_server_side_cursor(state: ORMExecuteState) -> Result[Any] | None:
+    options = state.execution_options
+    if not (options.get("stream_results") or options.get("yield_per")):
+        return None
+    result = state.invoke_statement()
+    opened = cast(NotingSession, state.session)
+    # A result of entities has the one of the cursor behind it. As long as somebody has it, its context lives.
+    # One from somebody's cache has none.
+    context = getattr(getattr(result, "raw", None) or result, "context", None)
+    known = [other() for other in opened._streamed]
+    opened._streamed = [ref(each) for each in (*known, context) if each is not None]
+    return result
+
+
+_specialised: dict[tuple[type[Session], type[Session]], type[Session]] = {}
+
+
+def session_class_for(dialect: str, session_class: type[Session]) -> type[Session]:
+    """``session_class``, with what the sessions of requests need beside it.
+
+    There is one class for each, because SQLAlchemy keeps events by class.
+    """
+    mixin = RequestSession if can_tell_writes(dialect) else NotingSession
+    if session_class is Session:
+        return mixin
+    made = _specialised.get((mixin, session_class))
+    if made is None:
+        names = {"__module__": session_class.__module__, "__qualname__": session_class.__qualname__}
+        made = type(session_class.__name__, (mixin, session_class), names)
+        made = _specialised.setdefault((mixin, session_class), made)
+    return made
 
 
 class ShellScope(Scope):
@@ -88,12 +197,17 @@ class ScopeSession(scoped_session[Session]):
     def remove(self) -> None:
         """Close the scope's Session, if one is open. The next use opens another one.
 
+        Not while a TransactionMiddleware is in charge and has something to commit: frameworks have their teardown, and
+        the recipes that call this there, before the response is known to be a success.
+
         :raises Exception: what the Session's ``close()`` raised, after its connections were given back.
         """
         scope = current.get(None)
         # Between two steps a request's session is not for others to remove.
         if isinstance(scope, Scope) and scope.state is not WAITING:
-            remove_session(scope)
+            opened = scope.session
+            if scope.transaction is None or opened is None or not opened.in_transaction():
+                remove_session(scope)
 
     def configure(self, **options: Any) -> None:
         """Refused: sessions belong to an application, which has its own ``session_options``.
@@ -165,7 +279,8 @@ def _find_maker(scope: Scope) -> Callable[..., Session]:
         raise ScopeError("No application is bound here any more: 'local.application' was deleted.")
     if not hasattr(owner, "database_engine"):
         raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
-    return partial(Session, owner.database_engine)
+    engine = owner.database_engine
+    return partial(session_class_for(engine.dialect.name, Session), engine)
 
 
 def remove_session(scope: Scope) -> None:
@@ -184,12 +299,44 @@ def remove_session(scope: Scope) -> None:
     try:
         opened.close()
     except BaseException:
-        while transaction is not None:
-            for connection, _, _, autoclose in set(transaction._connections.values()):
-                if autoclose and not connection.closed:
-                    _give_back(connection)
-            transaction = transaction.parent
+        _give_back_all(transaction)
         raise
+
+
+def close_transaction(opened: Session) -> None:
+    """End the open transaction without a commit, and leave the objects of the Session as they are.
+
+    Session.rollback() would expire them whatever the application wants of a transaction's end; commit() would make
+    durable what the end of a request undoes, such as PostgreSQL's SET.
+    """
+    transaction = opened.get_transaction()
+    assert transaction is not None
+    try:
+        transaction.close()
+    except BaseException:
+        _give_back_all(transaction)
+        raise
+
+
+def open_connections(opened: Session) -> list[Connection]:
+    """The connections that a Session's transaction holds at the moment."""
+    transaction = opened.get_transaction()
+    return [] if transaction is None else [connection for connection, _ in _connections_of(transaction)]
+
+
+def _connections_of(transaction: Any) -> list[tuple[Connection, bool]]:
+    """The connections of a SessionTransaction, and of each whether the Session has to give it back."""
+    # Each is in there twice, by itself and by its engine. No public name leads to them.
+    return [(connection, autoclose) for connection, _, _, autoclose in set(transaction._connections.values())]
+
+
+def _give_back_all(transaction: Any) -> None:
+    """Give up the connections that a SessionTransaction could not close."""
+    while transaction is not None:
+        for connection, autoclose in _connections_of(transaction):
+            if autoclose and not connection.closed:
+                _give_back(connection)
+        transaction = transaction.parent
 
 
 def _give_back(connection: Any) -> None:

@@ -32,7 +32,7 @@ class Kind(NamedTuple):
 
 
 def _number(text: str) -> float:
-    return float(text) if "." in text else int(text)
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 def _boolean_or_debug(text: str) -> bool | str:
@@ -44,8 +44,11 @@ ECHO = Kind("true, false or 'debug'", (bool, str), _boolean_or_debug)
 WHOLE = Kind("a whole number", (int,), int)
 SECONDS = Kind("a number of seconds", (int, float), _number)
 TEXT = Kind("a text", (), str)
-WORDS = Kind("names separated by commas", (), lambda text: [word.strip() for word in text.split(",")])
+WORDS = Kind("names separated by commas", (), lambda text: [word.strip() for word in text.split(",") if word.strip()])
 DOTTED = Kind("the dotted name of something that can be imported, 'package.module:name'", (), resolve_name)
+DOTTED_OR_NONE = Kind(
+    f"none, or {DOTTED.name}", (), lambda text: None if text.lower() == "none" else resolve_name(text)
+)
 MAPPING = Kind("a dict", (dict,), None)
 OBJECT = Kind("an object", (), None)
 
@@ -102,7 +105,23 @@ SESSION_OPTIONS: Mapping[str, Kind] = {
 }
 
 #: An ini's keys, apart from those of the two tables: the constructor's parameter and what it must be.
-OTHER_SETTINGS: Mapping[str, Kind] = {"metadata": DOTTED}
+OTHER_SETTINGS: Mapping[str, Kind] = {"metadata": DOTTED, "streams": WORDS}
+
+#: The parameters of :class:`~sqlasession_middleware.transaction.TransactionMiddleware`.
+TRANSACTION_OPTIONS: Mapping[str, Kind] = {
+    "activate": DOTTED_OR_NONE,
+    "attempts": WHOLE,
+    "backoff_base": SECONDS,
+    "backoff_cap": SECONDS,
+    "commit_veto": DOTTED_OR_NONE,
+    "retry_on": WORDS,
+}
+
+#: The parameters of :class:`~sqlasession_middleware.unavailable.UnavailableMiddleware`.
+UNAVAILABLE_OPTIONS: Mapping[str, Kind] = {"retry_after": WHOLE}
+
+#: The options that switch a middleware on, and the prefix of its own ones.
+STACKED: Mapping[str, Mapping[str, Kind]] = {"transaction": TRANSACTION_OPTIONS, "unavailable": UNAVAILABLE_OPTIONS}
 
 #: What PasteDeploy says of every ini. They say where it is and set nothing.
 PLACE_KEYS = ("here", "__file__")
@@ -120,7 +139,10 @@ def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
     place = ini_place(config)
     known = {f"{prefix}url", *(prefix + name for name in ENGINE_OPTIONS), *OTHER_SETTINGS}
     known.update(SESSION_PREFIX + name for name in SESSION_OPTIONS)
+    for name, kinds in STACKED.items():
+        known.update({name, *(f"{name}.{option}" for option in kinds)})
     arguments: dict[str, Any] = {"engine_options": {}, "session_options": {}}
+    switched_off: set[str] = set()
     for key, value in config.items():
         if key in PLACE_KEYS:
             continue
@@ -136,10 +158,19 @@ def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
         elif key.startswith(SESSION_PREFIX) and key[len(SESSION_PREFIX) :] in SESSION_OPTIONS:
             option = key[len(SESSION_PREFIX) :]
             arguments["session_options"][option] = _parse(setting, value, SESSION_OPTIONS[option])
+        elif key in STACKED:
+            if not _parse(setting, value, BOOLEAN):
+                switched_off.add(key)
+            arguments.setdefault(key, {})
+        elif (stacked := key.partition("."))[0] in STACKED and stacked[2] in STACKED[stacked[0]]:
+            kind = STACKED[stacked[0]][stacked[2]]
+            arguments.setdefault(stacked[0], {})[stacked[2]] = _parse(setting, value, kind)
         elif key in OTHER_SETTINGS:
             arguments[key] = _parse(setting, value, OTHER_SETTINGS[key])
         else:
             raise ConfigurationError(setting, f"is not a setting of this middleware{nearest(key, known)}")
+    for name in switched_off:
+        arguments[name] = False
     if "bind" not in arguments:
         meant = nearest("url", arguments["engine_options"])
         raise ConfigurationError(
@@ -149,6 +180,21 @@ def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
     return arguments
 
 
+def read_options(settings: Mapping[str, str], kinds: Mapping[str, Kind], place: str) -> dict[str, Any]:
+    """The options that an ini section of their own stands for.
+
+    :param kinds: all that there are.
+    :param place: :func:`ini_place`.
+    :raises ConfigurationError: if a key is unknown, or not of its type.
+    """
+    options = {}
+    for key, value in settings.items():
+        if key not in kinds:
+            raise ConfigurationError(f"{key!r}{place}", f"is not a setting of this middleware{nearest(key, kinds)}")
+        options[key] = _parse(f"{key!r}{place}", value, kinds[key])
+    return options
+
+
 def ini_place(config: Mapping[str, str]) -> str:
     """``" in shop.ini"``, or nothing where the settings come from no file."""
     return f" in {config['__file__']}" if "__file__" in config else ""
@@ -156,7 +202,8 @@ def ini_place(config: Mapping[str, str]) -> str:
 
 def ini_names(prefix: str) -> dict[str, str]:
     """The ini's keys for the constructor's parameters, as :meth:`ConfigurationError.renamed` takes them."""
-    return {"bind": f"{prefix}url", "engine_options": prefix, "session_options": SESSION_PREFIX}
+    names = {"bind": f"{prefix}url", "engine_options": prefix, "session_options": SESSION_PREFIX}
+    return {**names, **{name: f"{name}." for name in STACKED}}
 
 
 def _parse(setting: str, text: str, kind: Kind) -> Any:
@@ -165,7 +212,7 @@ def _parse(setting: str, text: str, kind: Kind) -> Any:
     try:
         return kind.parse(text.strip())
     except Exception as error:
-        if kind is DOTTED:
+        if kind in (DOTTED, DOTTED_OR_NONE):
             why = f"{type(error).__name__}: {error}"
             raise ConfigurationError(setting, f"must be {kind.name}, got {text!r} ({why}).") from error
         raise ConfigurationError(setting, f"must be {kind.name}, got {text!r}.") from None
@@ -199,6 +246,18 @@ def check_types(parameter: str, options: Mapping[str, Any], kinds: Mapping[str, 
             # What should have been a dict may be a driver's connection string, with a password in it.
             found = type(value).__name__ if dict in kind.types else repr(value)
             raise ConfigurationError(parameter, f"must be {kind.name}, got {found}.", name)
+
+
+def resolve_option(parameter: str, value: Any) -> Any:
+    """What an option stands for that is a callable, its dotted name, or None.
+
+    :raises ConfigurationError: if it is anything else, or cannot be imported.
+    """
+    if isinstance(value, str):
+        value = _parse(parameter, value, DOTTED)
+    if value is not None and not callable(value):
+        raise ConfigurationError(parameter, f"must be callable, or {DOTTED.name}, got {value!r}.")
+    return value
 
 
 def copy_options(value: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import Column, MetaData, String, Table, insert, select
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 from werkzeug.exceptions import NotFound
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
@@ -28,6 +29,29 @@ def guest_book(global_conf: Any, **settings: str) -> Any:
         if name:
             session.execute(insert(guests).values(name=name))
             session.commit()
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [" ".join(session.scalars(select(guests.c.name))).encode()]
+
+    return serve
+
+
+def veto_guests(environ: Any, status: str, headers: Any) -> bool:
+    """A commit veto that an ini can name."""
+    return bool(environ["PATH_INFO"] == "/vetoed")
+
+
+def uncommitted_book(global_conf: Any, **settings: str) -> Any:
+    """A ``paste.app_factory``: as :func:`guest_book`, but it leaves the commit to others, and fails where told to."""
+
+    def serve(environ: Any, start_response: Any) -> Iterable[bytes]:
+        name = environ["PATH_INFO"].strip("/")
+        attempt = environ.get("sqlasession.attempt")
+        if name:
+            session.execute(insert(guests).values(name=name))
+        if name == "twice" and attempt == 1:
+            raise LookupError
+        if name == "lost":
+            raise PoolTimeoutError("QueuePool limit")
         start_response("200 OK", [("Content-Type", "text/plain")])
         return [" ".join(session.scalars(select(guests.c.name))).encode()]
 

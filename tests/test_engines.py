@@ -336,7 +336,7 @@ def test_session_options_reach_the_session(sqlite_url: str) -> None:
 
     app = wrap(sqlite_url, session_options={"class_": Mine, "colour": "red", "expire_on_commit": False})
     with app.context():
-        assert type(session()) is Mine
+        assert isinstance(session(), Mine)
         assert session.info["colour"] == "red"
         assert session().expire_on_commit is False
     with app.new_session(expire_on_commit=True) as own:
