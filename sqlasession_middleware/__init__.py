@@ -2,6 +2,7 @@
 
 from .context import application, local, local_manager
 from .middleware import SQLASessionMiddleware
+from .routing import on_primary
 from .schema import metadata
 from .sessions import session
 from .streams import release
@@ -14,6 +15,7 @@ __all__ = [
     "local",
     "local_manager",
     "metadata",
+    "on_primary",
     "release",
     "session",
 ]

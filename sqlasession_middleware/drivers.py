@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["begin_writing", "can_tell_writes", "has_open_cursor", "has_written", "is_aborted", "is_autocommitting"]
+__all__ = [
+    "begin_writing",
+    "can_tell_writes",
+    "has_open_cursor",
+    "has_written",
+    "is_aborted",
+    "is_autocommitting",
+    "make_read_only",
+    "replayed_position",
+    "written_position",
+]
 
 #: libpq's PQTRANS_INERROR, which psycopg and psycopg2 hand on as it is ("Connection Status Functions").
 IN_ERROR = 3
@@ -18,6 +28,11 @@ IN_ERROR = 3
 ASK_POSTGRESQL = (
     "SELECT txid_current_if_assigned() IS NOT NULL, EXISTS (SELECT 1 FROM pg_catalog.pg_cursors WHERE name <> '')"
 )
+
+# Where the next record of the write-ahead log goes: after whatever was committed before. And up to where a standby has
+# replayed it; a server that is none, or no more, tells nothing ("System Administration Functions").
+ASK_WRITTEN = "SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint"
+ASK_REPLAYED = "SELECT CASE WHEN pg_is_in_recovery() THEN (pg_last_wal_replay_lsn() - '0/0')::bigint END"
 
 
 def can_tell_writes(dialect: str) -> bool:
@@ -117,5 +132,54 @@ def _ask(driver_connection: Any, statement: str) -> Any:
     try:
         cursor.execute(statement)
         return cursor.fetchone()
+    finally:
+        cursor.close()
+
+
+def written_position(connection: Connection) -> int | None:
+    """After a commit on ``connection``: how many bytes of PostgreSQL's write-ahead log hold it, and all before it.
+
+    None where the database has no such thing, or does not answer.
+    """
+    if connection.dialect.name != "postgresql" or _is_gone(connection):
+        return None
+    return _ask_alone(_driver_connection(connection), ASK_WRITTEN)
+
+
+def replayed_position(driver_connection: Any, dialect: str) -> int | None:
+    """How many bytes of the primary's write-ahead log a standby of PostgreSQL has replayed; None if that is unknown."""
+    return _ask_alone(driver_connection, ASK_REPLAYED) if dialect == "postgresql" else None
+
+
+def _ask_alone(driver_connection: Any, statement: str) -> int | None:
+    """Ask outside of a transaction, and leave none open: that takes one round trip."""
+    try:
+        before = driver_connection.autocommit
+        driver_connection.autocommit = True
+        try:
+            position = _ask(driver_connection, statement)[0]
+        finally:
+            driver_connection.autocommit = before
+    except Exception:
+        return None
+    return position if isinstance(position, int) else None
+
+
+def make_read_only(driver_connection: Any, dialect: str) -> None:
+    """Have a new connection refuse to write, as far as its database can be told so."""
+    if dialect == "sqlite":
+        _run(driver_connection, "PRAGMA query_only = ON")
+    elif dialect in ("mysql", "mariadb"):
+        _run(driver_connection, "SET SESSION TRANSACTION READ ONLY")
+    elif hasattr(type(driver_connection), "read_only"):
+        driver_connection.read_only = True  # psycopg: part of the BEGIN that it sends anyway
+    elif hasattr(type(driver_connection), "readonly"):
+        driver_connection.readonly = True  # psycopg2: likewise
+
+
+def _run(driver_connection: Any, statement: str) -> None:
+    cursor = driver_connection.cursor()
+    try:
+        cursor.execute(statement)
     finally:
         cursor.close()

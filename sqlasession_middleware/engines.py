@@ -13,6 +13,9 @@ Where the user said nothing SQLAlchemy's defaults stand, but for these, each of 
 
 An SQLite file in a folder that does not exist is refused.
     It would fail at the first request instead, with "unable to open database file".
+
+After a fork the child begins with empty pools: see :mod:`sqlasession_middleware.forks`. In-memory databases are the
+exception, of which the child has a copy.
 """
 
 from __future__ import annotations
@@ -33,10 +36,11 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.pool import QueuePool
 
 from .errors import ConfigurationError, nearest
+from .forks import after_fork, check_process, leave_to_parent
 from .settings import ENGINE_OPTIONS, check_types, copy_options
 from .watch import WatchedPool
 
-__all__ = ["EngineSource"]
+__all__ = ["EngineSource", "read_source"]
 
 #: The names that people write for a database in a URL and that are none of its dialects'.
 DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite", "oracle", "mssql", "cockroachdb")
@@ -46,6 +50,13 @@ MEMDB_SINCE = (3, 36, 0)
 
 # Reentrant, because the garbage collector may run an abandoned body's code at any time.
 _creating = threading.RLock()
+
+
+@after_fork
+def _renew_lock() -> None:
+    global _creating
+    _creating = threading.RLock()
+
 
 # Dialects of (driver, options) pairs that create_engine() has accepted: 10,000 applications on one kind of
 # database need not make 10,000 engines to find out that their options are right.
@@ -74,6 +85,7 @@ class EngineSource:
                 raise ConfigurationError("engine_options", "cannot change an Engine that is made already: give a URL.")
             self.url = bind.url
             self._engine = bind
+            _take_care(bind)
             return
         self.url = _absolute(_parse_url(bind))
         if options is not None:
@@ -81,16 +93,19 @@ class EngineSource:
         if self._options and "pool" in self._options:
             # A pool is told which engine it works for, so there cannot be one engine to try and another to use.
             self._engine = self._make()
+            _take_care(self._engine)
         else:
             self._check()
 
     @property
     def engine(self) -> Engine:
         """The engine, made now if this is its first use."""
+        check_process()
         if self._engine is None:
             with _creating:
                 if self._engine is None:
                     self._engine = self._make()
+                    _take_care(self._engine)
         return self._engine
 
     def dispose(self) -> None:
@@ -142,6 +157,38 @@ class EngineSource:
         if memory and sqlite3.sqlite_version_info >= MEMDB_SINCE:
             _share_memory(engine)
         return engine
+
+
+def read_source(parameter: str, given: Any, inherited: Mapping[str, Any] | None = None) -> EngineSource:
+    """The engine of one of several binds or replicas.
+
+    :param parameter: what errors call it, ``"binds['audit']"``.
+    :param given: what :class:`EngineSource` takes as its bind, or a dict of engine options with ``url``.
+    :param inherited: engine options, unless ``given`` has its own.
+    :raises ConfigurationError: if it cannot make an engine.
+    """
+    options: dict[str, Any] = {}
+    key = None
+    if isinstance(given, Mapping):
+        options, key = dict(given), "url"
+        if key not in options:
+            raise ConfigurationError(parameter, "is missing: it is the database URL.", key)
+        given = options.pop(key)
+    if not isinstance(given, Engine):
+        options = {**(inherited or {}), **options}
+    try:
+        return EngineSource(given, options or None)
+    except ConfigurationError as error:
+        if error.parameter == "engine_options":
+            key = error.key
+        raise ConfigurationError(parameter, error.problem, key) from error.__cause__
+
+
+def _take_care(engine: Engine) -> None:
+    url = engine.url
+    named_memory = (url.database or "").startswith("file:") and re.search("mode=memory|vfs=memdb", str(url))
+    if not _is_memory(url) and not named_memory:
+        leave_to_parent(engine)
 
 
 def _is_memory(url: URL) -> bool:

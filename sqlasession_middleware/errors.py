@@ -43,12 +43,13 @@ class ConfigurationError(ValueError):
     def renamed(self, names: Mapping[str, str], place: str) -> ConfigurationError:
         """The same error in the words of an ini file.
 
-        :param names: parameter -> the ini's key; one that ends in ``.`` is a prefix of the parameter's keys.
+        :param names: parameter -> the ini's key; one that ends in ``.`` is a prefix of the parameter's keys, which
+            after any other follow with a dot.
         :param place: where the settings were found, ``" in shop.ini"``, or an empty string.
         """
         name = names.get(self.parameter, self.parameter)
         if self.key is not None:
-            name += self.key
+            name += self.key if name.endswith(".") else f".{self.key}"
         return ConfigurationError(f"{name!r}{place}", self.problem)
 
 

@@ -13,7 +13,7 @@ closed when the response is closed; what was not committed is rolled back.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
@@ -22,12 +22,17 @@ from sqlalchemy import Engine, MetaData
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
+from .binds import DEFAULT, read_binds
+from .capacity import Capacity
 from .closing import ListScopeIterator, ScopeContext, finish, respond, respond_joined
 from .context import ENDED, RUNNING, WAITING, Scope, current
 from .engines import EngineSource
 from .errors import ConfigurationError, nearest
 from .files import call_with_file_wrapper
-from .schema import create_tables, drop_tables, metadata
+from .marks import Marker
+from .replicas import Replicas, read_replicas
+from .routing import RoutedScope, Routing, RoutingSession
+from .schema import TablesOf, create_tables, drop_tables, metadata, tables_by_key, warn_of_no_tables
 from .sessions import session_class_for
 from .settings import SESSION_OPTIONS, check_types, copy_options, ini_names, ini_place, read_settings
 from .transaction import TransactionMiddleware
@@ -46,15 +51,22 @@ class SQLASessionMiddleware:
     :param app: any WSGI application.
     :param bind: the database: a URL string, a :class:`~sqlalchemy.engine.URL`, or an
         :class:`~sqlalchemy.engine.Engine` that is used as it is and never disposed of.
+    :param binds: further databases by their bind keys: what ``bind`` takes, or a dict of engine options with ``url``.
+        See :mod:`sqlasession_middleware.binds`.
+    :param replicas: of ``bind``, for requests that only read: each as one of ``binds``, with ``engine_options`` where
+        it has none of its own.
     :param engine_options: of :func:`sqlalchemy.create_engine`.
     :param session_options: of :class:`sqlalchemy.orm.Session`; ``class_`` is the Session class itself.
-    :param metadata: the tables for :meth:`init_database`.
+    :param metadata: the tables for :meth:`init_database`; or several, such as one for each bind key.
     :param transaction: commit on success: True, or a dict of the options of
         :class:`~sqlasession_middleware.transaction.TransactionMiddleware`.
     :param unavailable: answer 503 where the database is out of reach: True, or a dict of the options of
         :class:`~sqlasession_middleware.unavailable.UnavailableMiddleware`.
     :param streams: content types of responses that hold no connection between two chunks, as ``text/event-stream``
         does not between two events.
+    :param read_your_writes: seconds for which a client that has written does not read from a replica of which it is not
+        known whether it has the write.
+    :param replica_retry: seconds after which a replica that was out of reach is tried again.
     :raises ConfigurationError: if a setting is wrong. The database is not contacted for that.
     """
 
@@ -63,27 +75,53 @@ class SQLASessionMiddleware:
         app: WSGIApplication,
         bind: str | URL | Engine,
         *,
+        binds: Mapping[str, Any] | None = None,
+        replicas: Collection[Any] = (),
         engine_options: Mapping[str, Any] | None = None,
         session_options: Mapping[str, Any] | None = None,
-        metadata: MetaData = metadata,
+        metadata: MetaData | Sequence[MetaData] = metadata,
         transaction: bool | Mapping[str, Any] = False,
         unavailable: bool | Mapping[str, Any] = False,
         streams: Collection[str] = (),
+        read_your_writes: float = 5.0,
+        replica_retry: float = 10.0,
     ) -> None:
         if not callable(app):
             raise ConfigurationError("app", f"must be a WSGI application, a callable, got {type(app).__name__}.")
-        if not isinstance(metadata, MetaData):
-            raise ConfigurationError(
-                "metadata", f"must be a MetaData, such as a declarative Base.metadata, got {type(metadata).__name__}."
-            )
         self.app = app
-        self.metadata = metadata
+        self._collections = _read_metadata(metadata)
+        self.metadata = self._collections[0]
         self._source = EngineSource(bind, engine_options)
         self._session_class, self._session_options = _read_session_options(session_options)
+        if binds or replicas:
+            self._route(binds, replicas, engine_options, read_your_writes, replica_retry)
         self.streams = _read_streams(streams)
         # Inside of the scope, and in this order: a failure is answered only after the last attempt.
         app = _wrap("transaction", TransactionMiddleware, app, transaction)
         self._inner = _wrap("unavailable", UnavailableMiddleware, app, unavailable)
+
+    #: which engine a statement goes to; None where there is only one
+    routing: Routing | None = None
+    #: what a request's scope is made of
+    _new_scope: type[Scope] = Scope
+
+    def _route(self, binds: Any, replicas: Any, engine_options: Any, read_your_writes: Any, replica_retry: Any) -> None:
+        sources = read_binds(binds or {})
+        balanced = None
+        if replicas:
+            for name, seconds in (("read_your_writes", read_your_writes), ("replica_retry", replica_retry)):
+                if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
+                    raise ConfigurationError(name, f"must be a number of seconds from 0, got {seconds!r}.")
+            if self._session_options.get("twophase"):
+                problem = "cannot be used with replicas: no replica can prepare a transaction."
+                raise ConfigurationError("session_options", problem, "twophase")
+            marker = Marker(self._source.url, read_your_writes)
+            balanced = Replicas(read_replicas(replicas, engine_options), marker, replica_retry)
+            self._new_scope = RoutedScope
+        if self._session_class.get_bind is not Session.get_bind:
+            problem = "has a get_bind() of its own, which would not be asked with 'binds' or 'replicas': remove either."
+            raise ConfigurationError("session_options", problem, "class_")
+        self.routing = Routing(self, self._source, sources, balanced)
 
     @classmethod
     def from_config(cls, app: WSGIApplication, config: Mapping[str, str], prefix: str = "sqlalchemy.") -> Self:
@@ -98,7 +136,7 @@ class SQLASessionMiddleware:
         try:
             return cls(app, **arguments)
         except ConfigurationError as error:
-            raise error.renamed(ini_names(prefix), ini_place(config)) from error.__cause__
+            raise error.renamed(ini_names(prefix, arguments), ini_place(config)) from error.__cause__
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         outer = current.get(None)
@@ -114,7 +152,7 @@ class SQLASessionMiddleware:
                     return self._join(joined, environ, start_response)
                 watch_inner(self)
         # As begin() does for other scopes: here a call would be felt.
-        scope = Scope(application=self)
+        scope = self._new_scope(application=self)
         scope.owner = self
         scope.environ = environ
         scope.start_response = start_response
@@ -190,8 +228,9 @@ class SQLASessionMiddleware:
 
     @property
     def engines(self) -> Mapping[str, Engine]:
-        """All engines by name; there is one, ``"default"``."""
-        return MappingProxyType({"default": self._source.engine})
+        """All engines by name: ``"default"``, the bind keys, and ``"replicas[0]"`` and so on."""
+        routing = self.routing
+        return MappingProxyType({DEFAULT: self._source.engine} if routing is None else routing.all_engines())
 
     @cached_property
     def new_session(self) -> Callable[..., Session]:
@@ -200,26 +239,66 @@ class SQLASessionMiddleware:
         It takes options of the Session, over the application's ``session_options``.
         """
         engine = self._source.engine
-        session_class = session_class_for(engine.dialect.name, self._session_class)
-        return partial(session_class, bind=engine, **self._session_options)
+        routing = self.routing
+        if routing is None:
+            session_class = session_class_for([engine.dialect.name], self._session_class)
+            return partial(session_class, bind=engine, **self._session_options)
+        dialects = [each.dialect.name for each in routing.all_engines().values()]
+        session_class = session_class_for(dialects, self._session_class, RoutingSession)
+        return partial(session_class, bind=engine, **{"routing": routing, **self._session_options})
 
     def init_database(self) -> None:
-        """Create the tables of :attr:`metadata` that are not there yet. Needs no scope.
+        """Create the tables that are not there yet, each on the engine that it belongs to. Needs no scope.
 
         :warns UserWarning: if there are no tables, most likely because no module with models was imported yet.
+        :raises UnboundExecutionError: if a table's bind key is not one of ``binds``. Nothing was created then.
         """
-        create_tables(self.engine, self.metadata)
+        warn_of_no_tables(self._collections)
+        for engine, tables in self._placed_tables():
+            create_tables(engine, *tables)
 
     def drop_database(self) -> None:
-        """Drop the tables of :attr:`metadata`. Needs no scope."""
-        drop_tables(self.engine, self.metadata)
+        """Drop the tables, each from the engine that it belongs to. Needs no scope.
+
+        :raises UnboundExecutionError: if a table's bind key is not one of ``binds``. Nothing was dropped then.
+        """
+        for engine, tables in self._placed_tables():
+            drop_tables(engine, *tables)
+
+    def _placed_tables(self) -> list[tuple[Engine, TablesOf]]:
+        routing = self.routing or Routing(self, self._source, {}, None)
+        return [
+            (routing.engine_of(key, "a table of the metadata"), tables)
+            for key, tables in tables_by_key(self._collections)
+        ]
+
+    def capacity(self, processes: int = 1, threads: int = 1) -> Capacity:
+        """How many connections a deployment of this application can open.
+
+        :param processes: that serve it.
+        :param threads: of each process; greenlets count likewise.
+        """
+        return Capacity.of(self.engines, processes, threads)
 
     def dispose(self) -> None:
-        """Close the connections that are idle in the pool. An engine that was given is left alone."""
+        """Close the connections that are idle in the pools. An engine that was given is left alone."""
         self._source.dispose()
+        if self.routing is not None:
+            self.routing.dispose()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.app!r} on {self._source!r}>"
+
+
+def _read_metadata(given: Any) -> tuple[MetaData, ...]:
+    collections = tuple(given) if isinstance(given, list | tuple) and given else (given,)
+    for each in collections:
+        if not isinstance(each, MetaData):
+            raise ConfigurationError(
+                "metadata",
+                f"must be a MetaData, such as a declarative Base.metadata, or several, got {type(each).__name__}.",
+            )
+    return collections
 
 
 def _wrap(parameter: str, wrapper: Callable[..., WSGIApplication], app: WSGIApplication, options: Any) -> Any:

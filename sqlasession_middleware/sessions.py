@@ -6,7 +6,7 @@ The registry behind it is the scope itself: one slot, no dict to forget a key in
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +19,7 @@ from sqlalchemy.util import ScopedRegistry
 from .context import ENDED, WAITING, Scope, begin, current
 from .drivers import begin_writing, can_tell_writes, is_aborted
 from .errors import ScopeError, TransactionAborted
+from .forks import after_fork, check_process
 from .statements import is_read
 from .watch import attempts
 
@@ -33,6 +34,12 @@ logger = logging.getLogger(__name__)
 # Threads that share a scope (they were started with its context) must not open two sessions for it. Reentrant, because
 # the garbage collector may run an abandoned body's code, and with it this module's, at any time.
 _opening = RLock()
+
+
+@after_fork
+def _renew_lock() -> None:
+    global _opening
+    _opening = RLock()
 
 
 class RequestSession(Session):
@@ -64,6 +71,8 @@ def _refuse_given_up(opened: Session) -> None:
 @event.listens_for(RequestSession, "after_commit")
 def _count_commit(opened: Session) -> None:
     """On whatever engine it was: an attempt that has committed is not repeated."""
+    if opened.in_nested_transaction():
+        return  # The release of a savepoint commits nothing.
     for attempt in attempts():
         attempt.commits += 1
 
@@ -116,22 +125,31 @@ def _note_server_side_cursor(state: ORMExecuteState) -> Result[Any] | None:
     return result
 
 
-_specialised: dict[tuple[type[Session], type[Session]], type[Session]] = {}
+_specialised: dict[tuple[type[Session], ...], type[Session]] = {}
 
 
-def session_class_for(dialect: str, session_class: type[Session]) -> type[Session]:
+def session_class_for(
+    dialects: Iterable[str], session_class: type[Session], more: type[RequestSession] | None = None
+) -> type[Session]:
     """``session_class``, with what the sessions of requests need beside it.
 
     There is one class for each, because SQLAlchemy keeps events by class.
+
+    :param dialects: of the engines that a Session may work on.
+    :param more: another mixin.
     """
-    mixin = RequestSession if can_tell_writes(dialect) else NotingSession
-    if session_class is Session:
-        return mixin
-    made = _specialised.get((mixin, session_class))
+    mixin = RequestSession if all(map(can_tell_writes, dialects)) else NotingSession
+    bases: tuple[type[Session], ...] = (
+        (mixin,) if more is None else (more,) if mixin is RequestSession else (mixin, more)
+    )
+    if session_class is not Session:
+        bases = (*bases, session_class)
+    if len(bases) == 1:
+        return bases[0]
+    made = _specialised.get(bases)
     if made is None:
         names = {"__module__": session_class.__module__, "__qualname__": session_class.__qualname__}
-        made = type(session_class.__name__, (mixin, session_class), names)
-        made = _specialised.setdefault((mixin, session_class), made)
+        made = _specialised.setdefault(bases, type(session_class.__name__, bases, names))
     return made
 
 
@@ -253,6 +271,7 @@ def new_session(**options: Any) -> Session:
 
 def open_session(scope: Scope) -> Session:
     """The session of ``scope``: the open one, or one that is opened now."""
+    check_process()
     opened = scope.session
     if opened is not None:
         return opened
@@ -280,7 +299,7 @@ def _find_maker(scope: Scope) -> Callable[..., Session]:
     if not hasattr(owner, "database_engine"):
         raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
     engine = owner.database_engine
-    return partial(session_class_for(engine.dialect.name, Session), engine)
+    return partial(session_class_for([engine.dialect.name], Session), engine)
 
 
 def remove_session(scope: Scope) -> None:

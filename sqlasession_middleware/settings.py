@@ -6,6 +6,7 @@ In: a flat mapping such as PasteDeploy hands to a filter. Out: keyword arguments
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -35,6 +36,16 @@ def _number(text: str) -> float:
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
+def _literal(text: str) -> Any:
+    """What a driver's argument most likely is."""
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    try:
+        return _number(text)
+    except ValueError:
+        return text
+
+
 def _boolean_or_debug(text: str) -> bool | str:
     return text if text == "debug" else bool(asbool(text))
 
@@ -44,10 +55,16 @@ ECHO = Kind("true, false or 'debug'", (bool, str), _boolean_or_debug)
 WHOLE = Kind("a whole number", (int,), int)
 SECONDS = Kind("a number of seconds", (int, float), _number)
 TEXT = Kind("a text", (), str)
+LITERAL = Kind("a number, true, false, none or a text", (), _literal)
 WORDS = Kind("names separated by commas", (), lambda text: [word.strip() for word in text.split(",") if word.strip()])
 DOTTED = Kind("the dotted name of something that can be imported, 'package.module:name'", (), resolve_name)
 DOTTED_OR_NONE = Kind(
     f"none, or {DOTTED.name}", (), lambda text: None if text.lower() == "none" else resolve_name(text)
+)
+DOTTED_NAMES = Kind(
+    "dotted names of what can be imported, 'package.module:name', separated by commas",
+    (),
+    lambda text: [resolve_name(word) for word in WORDS.parse(text)],  # type: ignore[misc]  # it has a parse
 )
 MAPPING = Kind("a dict", (dict,), None)
 OBJECT = Kind("an object", (), None)
@@ -105,7 +122,12 @@ SESSION_OPTIONS: Mapping[str, Kind] = {
 }
 
 #: An ini's keys, apart from those of the two tables: the constructor's parameter and what it must be.
-OTHER_SETTINGS: Mapping[str, Kind] = {"metadata": DOTTED, "streams": WORDS}
+OTHER_SETTINGS: Mapping[str, Kind] = {
+    "metadata": DOTTED_NAMES,
+    "read_your_writes": SECONDS,
+    "replica_retry": SECONDS,
+    "streams": WORDS,
+}
 
 #: The parameters of :class:`~sqlasession_middleware.transaction.TransactionMiddleware`.
 TRANSACTION_OPTIONS: Mapping[str, Kind] = {
@@ -126,6 +148,10 @@ STACKED: Mapping[str, Mapping[str, Kind]] = {"transaction": TRANSACTION_OPTIONS,
 #: What PasteDeploy says of every ini. They say where it is and set nothing.
 PLACE_KEYS = ("here", "__file__")
 SESSION_PREFIX = "session."
+CONNECT_ARGUMENTS = "connect_args."
+
+# URLs hold no white space. A comma may be in one, but not before the next one's scheme.
+_BETWEEN_URLS = re.compile(r",?\s+|,(?=[a-z][a-z0-9+_]*://)")
 
 
 def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
@@ -137,11 +163,12 @@ def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
     :raises ConfigurationError: if a key is missing, unknown, or not of its type.
     """
     place = ini_place(config)
-    known = {f"{prefix}url", *(prefix + name for name in ENGINE_OPTIONS), *OTHER_SETTINGS}
+    known = {f"{prefix}url", f"{prefix}replicas", *(prefix + name for name in ENGINE_OPTIONS), *OTHER_SETTINGS}
     known.update(SESSION_PREFIX + name for name in SESSION_OPTIONS)
     for name, kinds in STACKED.items():
         known.update({name, *(f"{name}.{option}" for option in kinds)})
     arguments: dict[str, Any] = {"engine_options": {}, "session_options": {}}
+    replica_options: dict[str, Any] = {}
     switched_off: set[str] = set()
     for key, value in config.items():
         if key in PLACE_KEYS:
@@ -151,10 +178,24 @@ def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
             raise ConfigurationError(setting, f"must be a string, as in an ini file, got {type(value).__name__}.")
         if key == f"{prefix}url":
             arguments["bind"] = _from_folder(value, config.get("here"))
+        elif key == f"{prefix}replicas":
+            urls = _BETWEEN_URLS.split(value.strip())
+            arguments["replicas"] = [_from_folder(url, config.get("here")) for url in urls if url]
+        elif key.startswith(f"{prefix}replicas."):
+            _read_engine_option(replica_options, key[len(prefix) + len("replicas.") :], setting, value)
+        elif key.startswith(f"{prefix}binds."):
+            name, dot, option = _split_bind(key[len(prefix) + len("binds.") :])
+            if not (name and dot and option):
+                raise ConfigurationError(
+                    setting, f"must be {prefix}binds.NAME.url, or an engine option in place of url."
+                )
+            bind = arguments.setdefault("binds", {}).setdefault(name, {})
+            if option == "url":
+                bind["url"] = _from_folder(value, config.get("here"))
+            else:
+                _read_engine_option(bind, option, setting, value)
         elif key.startswith(prefix):
-            option = key[len(prefix) :]
-            # What the table does not list may be the dialect's own: create_engine() will know.
-            arguments["engine_options"][option] = _parse(setting, value, ENGINE_OPTIONS.get(option, TEXT))
+            _read_engine_option(arguments["engine_options"], key[len(prefix) :], setting, value)
         elif key.startswith(SESSION_PREFIX) and key[len(SESSION_PREFIX) :] in SESSION_OPTIONS:
             option = key[len(SESSION_PREFIX) :]
             arguments["session_options"][option] = _parse(setting, value, SESSION_OPTIONS[option])
@@ -177,7 +218,25 @@ def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
             f"{prefix + 'url'!r}{place}",
             f"is missing: set it to a database URL, 'sqlite:///%(here)s/shop.db'{meant}",
         )
+    if replica_options:
+        if "replicas" not in arguments:
+            raise ConfigurationError(f"{prefix + 'replicas'!r}{place}", "is missing, but there are options for it.")
+        arguments["replicas"] = [{**replica_options, "url": url} for url in arguments["replicas"]]
     return arguments
+
+
+def _split_bind(rest: str) -> tuple[str, str, str]:
+    """``audit.connect_args.timeout`` -> ``audit`` and ``connect_args.timeout``."""
+    name, dot, option = rest.partition(f".{CONNECT_ARGUMENTS}")
+    return (name, dot, CONNECT_ARGUMENTS + option) if dot else rest.rpartition(".")
+
+
+def _read_engine_option(options: dict[str, Any], option: str, setting: str, value: str) -> None:
+    if option.startswith(CONNECT_ARGUMENTS):
+        options.setdefault("connect_args", {})[option[len(CONNECT_ARGUMENTS) :]] = _parse(setting, value, LITERAL)
+    else:
+        # What the table does not list may be the dialect's own: create_engine() will know.
+        options[option] = _parse(setting, value, ENGINE_OPTIONS.get(option, TEXT))
 
 
 def read_options(settings: Mapping[str, str], kinds: Mapping[str, Kind], place: str) -> dict[str, Any]:
@@ -200,10 +259,16 @@ def ini_place(config: Mapping[str, str]) -> str:
     return f" in {config['__file__']}" if "__file__" in config else ""
 
 
-def ini_names(prefix: str) -> dict[str, str]:
-    """The ini's keys for the constructor's parameters, as :meth:`ConfigurationError.renamed` takes them."""
+def ini_names(prefix: str, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """The ini's keys for the constructor's parameters, as :meth:`ConfigurationError.renamed` takes them.
+
+    :param arguments: what :func:`read_settings` has made of the ini.
+    """
     names = {"bind": f"{prefix}url", "engine_options": prefix, "session_options": SESSION_PREFIX}
-    return {**names, **{name: f"{name}." for name in STACKED}}
+    names.update({name: f"{name}." for name in STACKED})
+    names.update({f"binds[{name!r}]": f"{prefix}binds.{name}." for name in arguments.get("binds", ())})
+    names.update({f"replicas[{number}]": f"{prefix}replicas" for number in range(len(arguments.get("replicas", ())))})
+    return names
 
 
 def _parse(setting: str, text: str, kind: Kind) -> Any:
@@ -212,7 +277,7 @@ def _parse(setting: str, text: str, kind: Kind) -> Any:
     try:
         return kind.parse(text.strip())
     except Exception as error:
-        if kind in (DOTTED, DOTTED_OR_NONE):
+        if kind in (DOTTED, DOTTED_OR_NONE, DOTTED_NAMES):
             why = f"{type(error).__name__}: {error}"
             raise ConfigurationError(setting, f"must be {kind.name}, got {text!r} ({why}).") from error
         raise ConfigurationError(setting, f"must be {kind.name}, got {text!r}.") from None

@@ -27,6 +27,7 @@ from .failures import Failure, classify
 from .files import is_file
 from .head import Head
 from .replay import Repeatable
+from .replicas import is_of_replica
 from .sessions import current_scope, open_connections, remove_session
 from .settings import resolve_option
 from .streams import held_connections, release, unit_ends
@@ -35,7 +36,7 @@ from .watch import Noted, failure_of, watch_commits, watch_failures
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from sqlalchemy import Connection
-    from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy.orm import Session, SessionTransaction
 
 __all__ = ["TransactionMiddleware", "default_commit_veto", "doom", "release"]
 
@@ -307,7 +308,7 @@ class Attempt(Head):
             if self.is_vetoed():
                 self.roll_back()
             elif opened.in_transaction():
-                if self.may_repeat and len(open_connections(opened)) > 1 and not opened.twophase:
+                if self.may_repeat and not opened.twophase and _has_several_to_commit(opened):
                     self.may_repeat = False  # Some of them may be committed when another one fails.
                 opened.commit()
         self.concluded = True
@@ -454,6 +455,11 @@ class AttemptBody:
         close = getattr(body, "close", None)
         if close is not None:
             close()
+
+
+def _has_several_to_commit(opened: Session) -> bool:
+    held = open_connections(opened)
+    return len(held) > 1 and sum(not is_of_replica(connection) for connection in held) > 1
 
 
 def _failed_flush(scope: Scope) -> Noted | None:

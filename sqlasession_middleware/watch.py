@@ -6,7 +6,8 @@ request is decided from the outside, so the engine's own events note in the scop
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
@@ -27,7 +28,16 @@ if TYPE_CHECKING:
 
     from .transaction import Attempt
 
-__all__ = ["Noted", "WatchedPool", "attempts", "failure_of", "watch_commits", "watch_failures", "watch_inner"]
+__all__ = [
+    "Noted",
+    "WatchedPool",
+    "attempts",
+    "failure_of",
+    "forgotten",
+    "watch_commits",
+    "watch_failures",
+    "watch_inner",
+]
 
 
 #: PostgreSQL's SQLSTATE of each statement after the one that failed.
@@ -59,6 +69,19 @@ class WatchedPool(QueuePool):
         except PoolTimeoutError as error:
             _note(Noted(Failure.UNAVAILABLE, error))
             raise
+
+
+@contextmanager
+def forgotten() -> Iterator[Callable[[], None]]:
+    """Gives a function that forgets what the scope has met inside of the block: it was dealt with."""
+    scope = current.get(None)
+    before = scope.failure if isinstance(scope, Scope) else None
+
+    def forget() -> None:
+        if isinstance(scope, Scope):
+            scope.failure = before
+
+    yield forget
 
 
 def watch_failures(owner: Any) -> None:

@@ -382,7 +382,7 @@ MISTAKES = {
     "session.info": ("{}", "must be a dict, which an ini cannot hold: set it in Python."),
     "metadata": (
         "tests.paste_apps:guests",
-        "must be a MetaData, such as a declarative Base.metadata, got Table.",
+        "must be a MetaData, such as a declarative Base.metadata, or several, got Table.",
     ),
 }
 

@@ -1,0 +1,92 @@
+"""Several databases in one application: which engine a table belongs to.
+
+.. code-block:: python
+
+    audit = MetaData(info={"bind_key": "audit"})
+    app = SQLASessionMiddleware(app, "postgresql+psycopg://localhost/shop", binds={"audit": "sqlite:///audit.db"})
+
+The key is where Flask-SQLAlchemy has it, in ``MetaData.info["bind_key"]``, so that models are portable; a table may
+have one of its own, in ``Table.info["bind_key"]``. What has no key belongs to the default engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sqlalchemy import Index, Sequence, Table, UpdateBase, inspect
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.functions import next_value
+
+from .engines import EngineSource, read_source
+from .errors import ConfigurationError, nearest
+
+__all__ = ["DEFAULT", "check_bind_key", "find_bind_key", "key_of", "read_binds"]
+
+#: the name of the engine that is no bind's
+DEFAULT = "default"
+
+
+def read_binds(binds: Any) -> dict[str, EngineSource]:
+    """The sources of the engines that ``binds`` names.
+
+    :raises ConfigurationError: if one of them is wrong.
+    """
+    if not isinstance(binds, Mapping):
+        raise ConfigurationError(
+            "binds", f"must be a dict of databases by their bind keys, got {type(binds).__name__}."
+        )
+    sources = {}
+    for key, given in binds.items():
+        if not isinstance(key, str) or not key.isprintable() or not key.strip():
+            raise ConfigurationError("binds", f"must have names as keys, got {key!r}.")
+        if key == DEFAULT:
+            raise ConfigurationError("binds", "is the engine of everything without a bind key: give it as 'bind'.", key)
+        sources[key] = read_source(f"binds[{key!r}]", given)
+    return sources
+
+
+def find_bind_key(mapper: Any, clause: Any) -> str | None:
+    """The bind key of a statement's tables, from what :meth:`Session.get_bind` is given; None for the default engine.
+
+    Where a statement has several tables it is the first one's, of DML the target's: no database joins two.
+    """
+    if mapper is not None:
+        # A flush asks for the base of an inheritance, and writes all of its tables on one connection.
+        return _find(inspect(mapper).mapper.base_mapper.local_table)
+    if clause is None:
+        return None
+    element = getattr(clause, "element", clause)  # of DDL: a table, an index, a sequence
+    if isinstance(element, UpdateBase | Index):
+        element = element.table
+    return _find(element)
+
+
+def _find(element: Any) -> str | None:
+    if not isinstance(element, Table | Sequence):
+        if not hasattr(element, "get_children"):
+            return None
+        element = next((each for each in visitors.iterate(element) if isinstance(each, Table | next_value)), None)
+        if isinstance(element, next_value):
+            element = element.sequence
+    return None if element is None else key_of(element)
+
+
+def key_of(element: Table | Sequence) -> str | None:
+    """The bind key of a table or sequence; None for the default engine."""
+    key: str | None = element.info.get("bind_key")
+    if key is None and element.metadata is not None:
+        key = element.metadata.info.get("bind_key")
+    return None if key == DEFAULT else key
+
+
+def check_bind_key(key: str, known: Iterable[str], what: str) -> None:
+    """:raises UnboundExecutionError: if no bind has this key."""
+    known = sorted(known)
+    if key not in known:
+        names = ", ".join(map(repr, known)) or "none"
+        raise UnboundExecutionError(
+            f"{what} has the bind key {key!r}, and no bind of the application has that name (there are: {names})"
+            f"{nearest(str(key), known)}"
+        )

@@ -1,0 +1,76 @@
+"""What a client that has written carries to its next request, so that it reads what it wrote.
+
+A cookie holds when that was and, from PostgreSQL, how far the write-ahead log went. It says only which replicas are
+too old for this client: whoever forges it reads from the primary, or data as old as anybody else's.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+__all__ = ["Mark", "Marker"]
+
+#: For how long a client keeps a position: until then it reads from replicas that have reached it, however late.
+KEEP_POSITION = 24 * 60 * 60
+
+# Milliseconds since 1970, and bytes of the log: a position has 64 bits.
+_VALUE = r"=([0-9]{1,16})(?:\.([0-9]{1,20}))?(?:;|$)"
+
+
+class Mark(NamedTuple):
+    """A write that a client knows of.
+
+    :param time: when it was, in seconds since 1970.
+    :param position: of PostgreSQL's write-ahead log, in bytes; None where only the time is known.
+    """
+
+    time: float
+    position: int | None
+
+
+class Marker:
+    """The cookie of one database.
+
+    :param url: of the primary. Applications on the same database share the cookie, and others have their own, wherever
+        they are mounted.
+    :param seconds: for how long a replica may be behind, where its position is not known.
+    """
+
+    def __init__(self, url: URL, seconds: float) -> None:
+        self.seconds = seconds
+        place = repr((url.get_backend_name(), url.host, url.port, url.database, url.query.get("host")))
+        self.name = f"sqlasession_{sha256(place.encode()).hexdigest()[:8]}"
+        self._find = re.compile(rf"(?:^|[;\s]){self.name}{_VALUE}").finditer
+
+    def read(self, environ: Mapping[str, Any]) -> Mark | None:
+        """The mark that a request carries, if it carries one that can be read."""
+        cookies = environ.get("HTTP_COOKIE")
+        if not cookies or self.name not in cookies:
+            return None
+        # A client may have several by one name: the last write counts.
+        marks = [
+            Mark(int(found[1]) / 1000, None if found[2] is None else int(found[2])) for found in self._find(cookies)
+        ]
+        return max(marks, key=lambda mark: (mark.position or 0, mark.time), default=None)
+
+    def is_recent(self, mark: Mark) -> bool:
+        """Whether a replica may not have the write, by the time that has passed; whoever's clock is ahead."""
+        return abs(time.time() - mark.time) < self.seconds
+
+    def header(self, mark: Mark, environ: Mapping[str, Any]) -> tuple[str, str]:
+        """The header that hands a mark to the client."""
+        value = f"{int(mark.time * 1000)}"
+        keep = self.seconds
+        if mark.position is not None:
+            value += f".{mark.position}"
+            keep = max(keep, KEEP_POSITION)
+        secure = "; Secure" if environ.get("wsgi.url_scheme") == "https" else ""
+        cookie = f"{self.name}={value}; Max-Age={int(keep) + 1}; Path=/; HttpOnly; SameSite=Lax{secure}"
+        return ("Set-Cookie", cookie)

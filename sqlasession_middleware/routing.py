@@ -1,0 +1,221 @@
+"""Which engine a statement of a session goes to: its table's bind, a replica, or the primary.
+
+Each of SQLAlchemy's ways to execute something asks :meth:`Session.get_bind` first, and here is ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.orm import Session, SessionTransaction
+
+from .binds import DEFAULT, check_bind_key, find_bind_key
+from .context import Scope, current
+from .drivers import written_position
+from .engines import EngineSource
+from .marks import Mark
+from .replicas import Replica, Replicas
+from .sessions import RequestSession, current_scope, open_connections
+from .statements import is_read_throughout
+
+__all__ = ["RoutedScope", "Routing", "RoutingSession", "on_primary"]
+
+#: RFC 9110, 9.2.1: methods that ask for nothing to be changed.
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
+
+
+class Routing:
+    """The engines of one application.
+
+    :param owner: the application.
+    :param default: of what has no bind key: the primary, where there are replicas.
+    :param binds: by their keys.
+    :param replicas: of the default engine.
+    """
+
+    def __init__(
+        self, owner: object, default: EngineSource, binds: Mapping[str, EngineSource], replicas: Replicas | None
+    ) -> None:
+        self.owner = owner
+        self._default = default
+        self._binds = binds
+        self.replicas = replicas
+
+    def engine_of(self, key: str | None, what: str) -> Engine:
+        """The engine of a bind key.
+
+        :param what: has the key, in an error's words.
+        :raises UnboundExecutionError: if there is no such key.
+        """
+        if key is None or key == DEFAULT:
+            return self._default.engine
+        if key not in self._binds:
+            check_bind_key(key, self._binds, what)
+        return self._binds[key].engine
+
+    def dispose(self) -> None:
+        """Close the idle connections of all but the default engine."""
+        for source in self._binds.values():
+            source.dispose()
+        if self.replicas is not None:
+            self.replicas.dispose()
+
+    def all_engines(self) -> dict[str, Engine]:
+        """By name."""
+        engines = {DEFAULT: self._default.engine, **{key: source.engine for key, source in self._binds.items()}}
+        for number, engine in enumerate(self.replicas.engines if self.replicas is not None else ()):
+            engines[f"replicas[{number}]"] = engine
+        return engines
+
+
+class Route:
+    """Where the session of a request reads; it outlives ``session.remove()``."""
+
+    __slots__ = ("engine", "mark", "moved", "replica", "transaction")
+
+    def __init__(self, moved: bool, mark: Mark | None) -> None:
+        #: whether it reads from the primary for the rest of the request
+        self.moved = moved
+        #: what the client has written before
+        self.mark = mark
+        #: what is in use, and in which transaction that was decided
+        self.engine: Engine | Connection | None = None
+        self.transaction: SessionTransaction | None = None
+        #: where it has read
+        self.replica: Replica | None = None
+
+
+class RoutedScope(Scope):
+    """The scope of a request to an application with replicas."""
+
+    #: made by the session, or by on_primary()
+    route: Route | None = None
+    #: what was committed, if the client can still be told of it
+    written: Mark | None = None
+
+    def find_route(self, replicas: Replicas) -> Route:
+        """Where this request reads."""
+        route = self.route
+        if route is None:
+            environ = self.environ
+            if environ is None or environ.get("REQUEST_METHOD") not in SAFE_METHODS:
+                route = Route(True, None)
+            else:
+                route = Route(False, replicas.marker.read(environ))
+            self.route = route
+        return route
+
+    def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
+        """As any scope's; what the request has written is told to the client."""
+        mark = self.written
+        opened = self.session
+        if mark is None and isinstance(opened, RoutingSession) and opened.has_written and opened.in_transaction():
+            mark = Mark(time.time(), None)  # Nobody knows yet where the commit will be.
+        environ = self.environ
+        if mark is not None and environ is not None:
+            headers = [*headers, self.owner.routing.replicas.marker.header(mark, environ)]
+        return super().start(status, headers, exc_info)
+
+
+class RoutingSession(RequestSession):
+    """The Session of an application with more than one engine.
+
+    :param routing: what they are.
+    :param options: of the Session.
+    """
+
+    #: where it reads, once it is known to be a request's
+    _route: Route | None = None
+    #: whether something was written to the primary since the last commit
+    has_written = False
+
+    def __init__(self, *, routing: Routing, **options: Any) -> None:
+        super().__init__(**options)
+        self.routing = routing
+
+    def get_bind(
+        self, mapper: Any = None, *, clause: Any = None, bind: Any = None, bind_key: str | None = None, **more: Any
+    ) -> Any:
+        """The engine for a statement.
+
+        :param bind: or ``bind_key``, in ``bind_arguments``: the application's own choice.
+        :raises UnboundExecutionError: if there is no such bind key.
+        """
+        if bind is not None:
+            replicas = self.routing.replicas
+            if replicas is not None and bind not in replicas.engines:
+                self._move()
+            return bind
+        if bind_key is not None:
+            self._move()
+            return self.routing.engine_of(bind_key, "bind_arguments")
+        key = find_bind_key(mapper, clause)
+        if key is not None:
+            return self.routing.engine_of(key, f"{clause if mapper is None else mapper}")
+        if self.routing.replicas is None:
+            return self.bind
+        return self._primary_or_replica(self.routing.replicas, clause)
+
+    def _primary_or_replica(self, replicas: Replicas, clause: Any) -> Any:
+        route = self._route or self._find_route(replicas)
+        if self.has_written and (route is None or route.moved):
+            return self.bind
+        # Without a statement it is a flush, or the application asks for the connection itself.
+        if clause is None or not is_read_throughout(clause):
+            self.has_written = True
+            if route is not None:
+                route.moved = True
+            return self.bind
+        if route is None or route.moved:
+            return self.bind
+        if route.transaction is None or route.transaction is not self.get_transaction():
+            replica = replicas.connect(self, route.mark, route.replica)
+            if replica is not None:
+                route.replica = replica
+            route.engine = self.bind if replica is None else replica.engine
+            route.transaction = self.get_transaction()
+        return route.engine
+
+    def _find_route(self, replicas: Replicas) -> Route | None:
+        scope = current.get(None)
+        if isinstance(scope, RoutedScope) and scope.session is self and self.bind is self.routing.engine_of(None, ""):
+            self._route = scope.find_route(replicas)
+        return self._route
+
+    def _move(self) -> None:
+        replicas = self.routing.replicas
+        route = None if replicas is None else self._route or self._find_route(replicas)
+        if route is not None:
+            route.moved = True
+
+
+@event.listens_for(RoutingSession, "after_commit")
+def _note_written(opened: Session) -> None:
+    """Note for the client that it has written, and how far the primary's log went."""
+    if not isinstance(opened, RoutingSession) or not opened.has_written or opened.in_nested_transaction():
+        return
+    opened.has_written = False
+    scope: Any = current.get(None)
+    while isinstance(scope, Scope):
+        # Not once the head has left: it was told by then that something may have been written.
+        if isinstance(scope, RoutedScope) and scope.owner is opened.routing.owner and scope.headers is None:
+            connections = [each for each in open_connections(opened) if each.engine is opened.bind]
+            scope.written = Mark(time.time(), written_position(connections[0]) if connections else None)
+            return
+        scope = scope.token.old_value if hasattr(scope, "token") else None
+
+
+def on_primary() -> None:
+    """Have the current scope's session read from the primary from now on, as after a write.
+
+    For what cannot be seen to write, or has to see what other clients have just written. Without replicas, and outside
+    of a request, sessions are on the primary anyway.
+
+    :raises ScopeError: outside of a scope.
+    """
+    scope = current_scope()
+    if isinstance(scope, RoutedScope):
+        scope.find_route(scope.owner.routing.replicas).moved = True
