@@ -40,7 +40,7 @@ from .forks import after_fork, check_process, leave_to_parent
 from .settings import ENGINE_OPTIONS, check_types, copy_options
 from .watch import WatchedPool
 
-__all__ = ["EngineSource", "read_source"]
+__all__ = ["EngineSource", "read_source", "without_secrets"]
 
 #: The names that people write for a database in a URL and that are none of its dialects'.
 DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite", "oracle", "mssql", "cockroachdb")
@@ -228,7 +228,7 @@ def _check_folder(url: URL) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         text = f"names the SQLite file {path!r}, but there is no folder {folder!r}: create it, or mend the path."
-        raise ConfigurationError("bind", _without_secrets(text, url, {}))
+        raise ConfigurationError("bind", without_secrets(text, url, {}))
 
 
 def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def _errors_explained(url: URL, options: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = _without_secrets(str(error), url, options)
+        text = without_secrets(str(error), url, options)
         guilty = _find_guilty_option(url, options, text)
         if guilty is not None:
             problem = f"is refused by create_engine() for {url.drivername}: {text}"
@@ -298,7 +298,7 @@ def _find_guilty_option(url: URL, options: Mapping[str, Any], text: str) -> str 
     return None
 
 
-def _without_secrets(text: str, url: URL, options: Mapping[str, Any]) -> str:
+def without_secrets(text: str, url: URL, options: Mapping[str, Any]) -> str:
     """``text`` with stars for all that may be a password: where one belongs, and where one is put by mistake."""
     secrets = {str(url.password or "")}
     for name, value in (*url.normalized_query.items(), *(options.get("connect_args") or {}).items()):

@@ -118,9 +118,6 @@ class SQLASessionMiddleware:
             marker = Marker(self._source.url, read_your_writes)
             balanced = Replicas(read_replicas(replicas, engine_options), marker, replica_retry)
             self._new_scope = RoutedScope
-        if self._session_class.get_bind is not Session.get_bind:
-            problem = "has a get_bind() of its own, which would not be asked with 'binds' or 'replicas': remove either."
-            raise ConfigurationError("session_options", problem, "class_")
         self.routing = Routing(self, self._source, sources, balanced)
 
     @classmethod

@@ -11,7 +11,9 @@ Nothing here imports PasteDeploy: it calls, and hands over strings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
 from .errors import ConfigurationError
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 Middleware = TypeVar("Middleware")
 
-__all__ = ["main", "transaction", "unavailable"]
+__all__ = ["collected", "main", "transaction", "unavailable"]
+
+_made: ContextVar[list[SQLASessionMiddleware] | None] = ContextVar("sqlasession_middleware.made", default=None)
 
 
 def main(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> SQLASessionMiddleware:
@@ -35,7 +39,22 @@ def main(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) 
     :param settings: the section's own keys.
     """
     place = {key: global_conf[key] for key in ("here", "__file__") if key in global_conf}
-    return SQLASessionMiddleware.from_config(app, {**place, **settings})
+    made = SQLASessionMiddleware.from_config(app, {**place, **settings})
+    collection = _made.get()
+    if collection is not None:
+        collection.append(made)
+    return made
+
+
+@contextmanager
+def collected() -> Iterator[list[SQLASessionMiddleware]]:
+    """Gives the list of the middleware that :func:`main` makes inside of the block, wherever in an ini they are."""
+    collection: list[SQLASessionMiddleware] = []
+    token = _made.set(collection)
+    try:
+        yield collection
+    finally:
+        _made.reset(token)
 
 
 def transaction(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> TransactionMiddleware:

@@ -41,9 +41,9 @@ _HAVE_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb", "mariadbco
 _engines: WeakSet[Engine] = WeakSet()
 
 
-def is_of_replica(connection: Connection) -> bool:
-    """Whether a connection is to a replica, where there is nothing to commit."""
-    return connection.engine in _engines
+def is_of_replica(bind: Connection | Engine) -> bool:
+    """Whether a connection or engine is a replica's, where there is nothing to commit."""
+    return bind.engine in _engines
 
 
 def read_replicas(replicas: Any, engine_options: Mapping[str, Any] | None) -> list[EngineSource]:

@@ -17,7 +17,7 @@ from .context import Scope, current
 from .drivers import written_position
 from .engines import EngineSource
 from .marks import Mark
-from .replicas import Replica, Replicas
+from .replicas import Replica, Replicas, is_of_replica
 from .sessions import RequestSession, current_scope, open_connections
 from .statements import is_read_throughout
 
@@ -144,52 +144,52 @@ class RoutingSession(RequestSession):
         :param bind: or ``bind_key``, in ``bind_arguments``: the application's own choice.
         :raises UnboundExecutionError: if there is no such bind key.
         """
+        replicas = self.routing.replicas
+        if bind is None and bind_key is not None:
+            bind = self.routing.engine_of(bind_key, "bind_arguments")
         if bind is not None:
-            replicas = self.routing.replicas
-            if replicas is not None and bind not in replicas.engines:
-                self._move()
+            if replicas is not None and not is_of_replica(bind):
+                self._move(replicas, clause)
             return bind
-        if bind_key is not None:
-            self._move()
-            return self.routing.engine_of(bind_key, "bind_arguments")
         key = find_bind_key(mapper, clause)
         if key is not None:
             return self.routing.engine_of(key, f"{clause if mapper is None else mapper}")
-        if self.routing.replicas is None:
-            return self.bind
-        return self._primary_or_replica(self.routing.replicas, clause)
+        default = super().get_bind(mapper, clause=clause, **more)
+        if replicas is None or default is not self.bind:
+            return default  # A class of the application's own, or Session.bind_table(), has decided.
+        return self._primary_or_replica(default, replicas, clause)
 
-    def _primary_or_replica(self, replicas: Replicas, clause: Any) -> Any:
+    def _primary_or_replica(self, primary: Any, replicas: Replicas, clause: Any) -> Any:
         route = self._route or self._find_route(replicas)
-        if self.has_written and (route is None or route.moved):
-            return self.bind
+        if route is None or route.moved:
+            if not self.has_written:
+                self._move(replicas, clause)
+            return primary
         # Without a statement it is a flush, or the application asks for the connection itself.
         if clause is None or not is_read_throughout(clause):
-            self.has_written = True
-            if route is not None:
-                route.moved = True
-            return self.bind
-        if route is None or route.moved:
-            return self.bind
+            self._move(replicas, None)
+            return primary
         if route.transaction is None or route.transaction is not self.get_transaction():
             replica = replicas.connect(self, route.mark, route.replica)
             if replica is not None:
                 route.replica = replica
-            route.engine = self.bind if replica is None else replica.engine
+            route.engine = primary if replica is None else replica.engine
             route.transaction = self.get_transaction()
         return route.engine
+
+    def _move(self, replicas: Replicas, clause: Any) -> None:
+        """Work on the primary for the rest of the request; and note a write, for the client to know of."""
+        route = self._route or self._find_route(replicas)
+        if route is not None:
+            route.moved = True
+        if clause is None or not is_read_throughout(clause):
+            self.has_written = True
 
     def _find_route(self, replicas: Replicas) -> Route | None:
         scope = current.get(None)
         if isinstance(scope, RoutedScope) and scope.session is self and self.bind is self.routing.engine_of(None, ""):
             self._route = scope.find_route(replicas)
         return self._route
-
-    def _move(self) -> None:
-        replicas = self.routing.replicas
-        route = None if replicas is None else self._route or self._find_route(replicas)
-        if route is not None:
-            route.moved = True
 
 
 @event.listens_for(RoutingSession, "after_commit")
@@ -202,8 +202,8 @@ def _note_written(opened: Session) -> None:
     while isinstance(scope, Scope):
         # Not once the head has left: it was told by then that something may have been written.
         if isinstance(scope, RoutedScope) and scope.owner is opened.routing.owner and scope.headers is None:
-            connections = [each for each in open_connections(opened) if each.engine is opened.bind]
-            scope.written = Mark(time.time(), written_position(connections[0]) if connections else None)
+            primary = [connection for connection in open_connections(opened) if connection.engine is opened.bind]
+            scope.written = Mark(time.time(), written_position(primary[0]) if primary else None)
             return
         scope = scope.token.old_value if hasattr(scope, "token") else None
 

@@ -1,0 +1,611 @@
+"""Replicas (G15): which engine each statement of a request goes to, and what a client that wrote is told.
+
+The replicas are files of their own here, with one row each that says which they are. tests/integration/test_replicas.py
+has real ones.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import String, create_engine, event, insert, select, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from werkzeug.test import Client, EnvironBuilder
+
+from sqlasession_middleware import SQLASessionMiddleware, on_primary, release, session
+from sqlasession_middleware.errors import ConfigurationError, ScopeError
+from sqlasession_middleware.marks import Mark
+
+from .wsgi import assert_given_back, consume, environ, start_response
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Row(Base):
+    __tablename__ = "row"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(20))
+
+
+def read() -> str:
+    """Where a plain SELECT is answered."""
+    return session.scalars(select(Row.name).order_by(Row.id)).first()
+
+
+def write() -> None:
+    session.execute(insert(Row).values(name="new"))
+
+
+STEPS = {
+    "read": read,
+    "write": write,
+    "commit": lambda: session.commit(),
+    "rollback": lambda: session.rollback(),
+    "remove": lambda: session.remove(),
+    "release": lambda: release(),
+    "on_primary": on_primary,
+}
+
+
+class App:
+    """Does what it is told, step by step, and answers with what each read has found.
+
+    A step called "head" is where the response begins.
+    """
+
+    def __init__(self, steps: str) -> None:
+        self.steps = steps.split()
+
+    def __call__(self, environ, start_response):
+        found = []
+        before, _, after = " ".join(self.steps).partition("head")
+        for step in before.split():
+            found.append(STEPS[step]())
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        for step in after.split():
+            found.append(STEPS[step]())
+        return [" ".join(each for each in found if isinstance(each, str)).encode()]
+
+
+@pytest.fixture
+def make(tmp_path) -> Iterator[object]:
+    """Makes an application with a primary and two replicas."""
+    made = []
+
+    def make(steps="read", names=("one", "two"), **options) -> SQLASessionMiddleware:
+        for name in ("primary", *names):
+            if not os.path.exists(f"{tmp_path}/{name}.db"):
+                engine = create_engine(f"sqlite:///{tmp_path}/{name}.db")
+                Base.metadata.create_all(engine)
+                with engine.begin() as connection:
+                    connection.execute(insert(Row).values(name=name))
+                engine.dispose()
+        app = steps if callable(steps) else App(steps)
+        urls = [f"sqlite:///{tmp_path}/{name}.db" for name in names]
+        made.append(
+            SQLASessionMiddleware(
+                app, f"sqlite:///{tmp_path}/primary.db", replicas=urls, metadata=Base.metadata, **options
+            )
+        )
+        return made[-1]
+
+    yield make
+    for app in made:
+        for engine in app.engines.values():
+            assert_given_back(engine)
+        app.dispose()
+
+
+def ask(app, method="GET", cookie=None, **more) -> tuple[str, str | None]:
+    """What a request is answered, and the cookie that it gives."""
+    headers = {} if cookie is None else {"Cookie": cookie}
+    response = Client(app, use_cookies=False).open(method=method, headers=headers, buffered=True, **more)
+    given = response.headers.get("Set-Cookie")
+    return response.text, given
+
+
+@pytest.mark.parametrize("method", ["GET", "OPTIONS", "TRACE"])
+def test_safe_methods_read_from_a_replica(make, method):
+    assert ask(make("read read"), method)[0] in ("one one", "two two")
+
+
+def test_head_reads_from_a_replica(make):
+    app = make(
+        lambda environ, start_response: [start_response("200 OK", [("X-Read", read())]) and b""], names=["one", "two"]
+    )
+    assert Client(app).head("/", buffered=True).headers["X-Read"] in ("one", "two")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "PURGE"])
+def test_other_methods_start_on_the_primary(make, method):
+    assert ask(make("read"), method) == ("primary", None)
+
+
+def test_reads_spread_over_the_replicas(make):
+    app = make()
+    spread = Counter(ask(app)[0] for _ in range(200))
+    assert spread.keys() == {"one", "two"}
+    assert min(spread.values()) > 50
+
+
+#: The steps of one GET, and where its reads are answered: "r" on one replica throughout, "p" on the primary.
+MOVES = {
+    "read read": "rr",
+    "read commit read": "rr",
+    "read rollback read": "rr",
+    "read remove read": "rr",
+    "read release read": "rr",
+    "read write read": "rp",
+    "write read": "p",
+    "write rollback read": "p",
+    "write commit read": "p",
+    "write commit remove read": "p",
+    "read write rollback remove read": "rp",
+    "on_primary read": "p",
+    "read on_primary read": "rp",
+    "read on_primary remove read": "rp",
+}
+
+
+@pytest.mark.parametrize("steps", MOVES)
+def test_moves(make, steps):
+    found = ask(make(steps))[0].split()
+    expected = MOVES[steps]
+    assert ["p" if each == "primary" else "r" for each in found] == list(expected)
+    assert len(set(found) - {"primary"}) <= 1
+
+
+def after(action) -> object:
+    """An application that reads, does something and reads again."""
+
+    def app(environ, start_response):
+        before = read()
+        action()
+        start_response("200 OK", [])
+        return [f"{before} {read()}".encode()]
+
+    return app
+
+
+def flush():
+    session.add(Row(name="x"))
+    session.flush()
+
+
+MOVING = {
+    "flush": flush,
+    "autoflush": lambda: (session.add(Row(name="x")), session.scalars(select(Row)).all()),
+    "DML by text": lambda: session.execute(text("DELETE FROM row WHERE id > 100")),
+    "DDL": lambda: session.execute(text("CREATE TABLE more (id int)")),
+    "FOR UPDATE": lambda: session.execute(select(Row).with_for_update()),
+    "explicit bind": lambda: session.execute(
+        text("SELECT 1"), bind_arguments={"bind": session.registry().routing.owner.engine}
+    ),
+    "explicit bind key": lambda: session.execute(text("SELECT 1"), bind_arguments={"bind_key": "default"}),
+    "connection": lambda: session.connection(),
+    "savepoint": lambda: session.begin_nested(),
+    "merge of what changed": lambda: (session.merge(Row(id=1, name="changed")), session.flush()),
+}
+
+STAYING = {
+    "text": lambda: session.execute(text("SELECT * FROM row")),
+    "get": lambda: session.get(Row, 1),
+    "refresh": lambda: session.refresh(session.get(Row, 1)),
+    "expired attribute": lambda: (row := session.get(Row, 1), session.expire(row), row.name),
+    "empty flush": lambda: session.flush(),
+    "explicit replica": lambda: session.execute(
+        text("SELECT 1"), bind_arguments={"bind": session.registry().routing.owner.engines["replicas[0]"]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_what_moves_to_the_primary(make, name):
+    before, behind = ask(make(after(MOVING[name])))[0].split()
+    assert before in ("one", "two")
+    assert behind in ("primary", "changed")
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_what_stays_on_the_replica(make, name):
+    before, behind = ask(make(after(STAYING[name]), names=["one"]))[0].split()
+    assert before == behind == "one"
+
+
+#: The steps of one request, and whether its client is told that it has written.
+TOLD = {
+    ("POST", "write commit head"): True,
+    ("GET", "write commit head"): True,
+    ("GET", "write commit read commit head"): True,
+    ("POST", "write head commit"): True,
+    ("POST", "read commit head"): False,
+    ("POST", "read head"): False,
+    ("GET", "read head"): False,
+    ("GET", "on_primary read commit head"): False,
+    ("POST", "head"): False,
+    ("POST", "write rollback head"): False,
+    ("POST", "write remove head"): False,
+}
+
+
+@pytest.mark.parametrize(("method", "steps"), TOLD)
+def test_client_is_told_what_it_wrote(make, method, steps):
+    assert bool(ask(make(steps), method)[1]) is TOLD[method, steps]
+
+
+@pytest.mark.parametrize(("method", "steps"), [("POST", "write"), ("GET", "write")])
+def test_client_is_told_with_the_middlewares_commit(make, method, steps):
+    assert ask(make(steps, transaction=True), method)[1]
+
+
+def test_client_is_not_told_of_what_was_rolled_back(make):
+    def app(environ, start_response):
+        write()
+        start_response("400 Bad Request", [])
+        return [b""]
+
+    assert ask(make(app, transaction=True), "POST")[1] is None
+
+
+def test_savepoint_is_no_commit(make):
+    """The mark is of the commit itself: a replica that has only what was before it is too old."""
+    told = []
+
+    def app(environ, start_response):
+        with session.begin_nested():
+            write()
+        told.append(session.registry().routing.owner.routing and session().has_written)
+        start_response("200 OK", [])
+        return [b""]
+
+    assert ask(make(app, transaction=True), "POST")[1]
+    assert told == [True]
+
+
+def test_writer_reads_its_write(make):
+    app = make("read")
+    writer = make("write commit")
+    client = Client(app)
+    assert ask(app)[0] in ("one", "two")
+    _, cookie = ask(writer, "POST")
+    assert "; HttpOnly; SameSite=Lax" in cookie
+    assert "Secure" not in cookie
+    assert ask(app, cookie=cookie.partition(";")[0])[0] == "primary"
+    assert client.get("/", buffered=True).text in ("one", "two")
+
+
+def test_cookie_is_secure_where_the_request_was(make):
+    assert ask(make("write commit"), "POST", base_url="https://localhost/")[1].endswith("; Secure")
+
+
+def test_later_it_reads_from_replicas_again(make):
+    app = make("read", read_your_writes=3)
+    marker = app.routing.replicas.marker
+    name, value = marker.header(Mark(0.0, None), {})
+    assert name == "Set-Cookie"
+    assert ask(app, cookie=value.partition(";")[0])[0] in ("one", "two")
+    assert "Max-Age=4;" in value
+
+
+COOKIES = [
+    "{name}=", "{name}", "{name}=x", "{name}=1", "{name}=-1", "{name}=1.2.3", "{name}=1.", "{name}=.1", "{name}=0x10",
+    "{name}=99999999999999999999999999", "{name}=1.99999999999999999999",
+    "{name}=9999999999999999.18446744073709551616", '{name}="1.1"', "{name}=\xff\xfe", "{name}=\u0661", "; {name}=1; ;",
+    "{name}=1; {name}=2.7; {name}=x", "a={name}; b=1", "{name}=1 ; DROP TABLE row", "x{name}=9999999999999",
+    "{name}=1'--",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cookie", COOKIES)
+def test_cookie_that_was_forged_or_garbled(make, cookie):
+    app = make("read")
+    value = cookie.format(name=app.routing.replicas.marker.name)
+    made = EnvironBuilder().get_environ()
+    made["HTTP_COOKIE"] = value
+    heads = []
+    body = consume(app(made, lambda *head: heads.append(head)))
+    assert heads[0][0] == "200 OK"
+    assert body in (b"one", b"two")
+
+
+def test_last_of_several_cookies_counts(make):
+    app = make("read")
+    _, cookie = ask(make("write commit"), "POST")
+    old = f"{app.routing.replicas.marker.name}=1"
+    mark = cookie.partition(";")[0]
+    for cookies in (f"{old}; {mark}", f"{mark}; {old}", f"a=b;{mark};c=d"):
+        assert ask(app, cookie=cookies)[0] == "primary"
+
+
+def test_cookie_is_the_databases(make, tmp_path):
+    """Applications on one database share it, and others do not overwrite it."""
+    app, same = make(), make()
+    other = SQLASessionMiddleware(App("read"), f"sqlite:///{tmp_path}/other.db", replicas=["sqlite://"])
+    names = [each.routing.replicas.marker.name for each in (app, same, other)]
+    assert names[0] == names[1] != names[2]
+
+
+def test_outside_of_requests_all_is_on_the_primary(make):
+    app = make()
+    with app.context():
+        assert read() == "primary"
+        on_primary()
+    with app.context(), app.new_session() as opened:
+        assert opened.scalars(select(Row.name)).first() == "primary"
+
+
+def test_session_of_no_scope_is_on_the_primary(make):
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        with middleware.new_session() as opened:
+            opened.execute(insert(Row).values(name="other"))
+            found = opened.scalars(select(Row.name)).first()
+        return [f"{found} {read()}".encode()]
+
+    middleware = make(app, names=["one"])
+    assert ask(middleware)[0] == "primary one"
+
+
+def test_commit_in_a_context_of_the_request_is_the_clients(make):
+    def app(environ, start_response):
+        with middleware.context():
+            write()
+            session.commit()
+        start_response("200 OK", [])
+        return [b""]
+
+    middleware = make(app)
+    assert ask(middleware, "POST")[1]
+
+
+def test_on_primary_outside_of_a_scope():
+    with pytest.raises(ScopeError):
+        on_primary()
+
+
+def test_on_primary_without_replicas(sqlite_url):
+    app = SQLASessionMiddleware(App("on_primary"), sqlite_url)
+    assert ask(app) == ("", None)
+
+
+def break_replica(app, number=0) -> list[bool]:
+    """Have new connections to a replica refused, as long as the list is not empty."""
+    broken = [True]
+
+    def refuse(dialect, record, arguments, options):
+        if broken:
+            raise OperationalError("connect", {}, type("OperationalError", (Exception,), {"__module__": "psycopg"})(
+                "connection to server at localhost failed: Connection refused. Is the server running?"
+            ))  # fmt: skip
+
+    engine = app.engines[f"replicas[{number}]"]
+    event.listen(engine, "do_connect", refuse)
+    engine.dispose()
+    return broken
+
+
+def test_replica_out_of_reach_is_passed_over_and_tried_again_later(make, caplog):
+    app = make("read", replica_retry=1000, unavailable=True)
+    broken = break_replica(app)
+    assert {ask(app)[0] for _ in range(20)} == {"two"}
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        f"The replica {app.engines['replicas[0]'].url} is out of reach"
+    ]
+    broken.clear()
+    assert {ask(app)[0] for _ in range(20)} == {"two"}  # It is not time yet.
+    app.routing.replicas._replicas[0].passed_over_until = 0.001
+    assert {ask(app)[0] for _ in range(40)} == {"one", "two"}
+    assert "is back" in caplog.text
+
+
+def test_primary_serves_if_no_replica_is_left(make):
+    app = make("read read", unavailable=True, transaction={"attempts": 2}, replica_retry=1000)
+    break_replica(app, 0)
+    break_replica(app, 1)
+    assert ask(app)[0] == "primary primary"
+    assert ask(app)[0] == "primary primary"
+
+
+def test_replica_that_was_passed_over_is_no_failure_of_the_request(make):
+    """An unrelated error page stays what it is: the database was within reach."""
+
+    def app(environ, start_response):
+        read()
+        start_response("500 Internal Server Error", [])
+        return [b"a mistake"]
+
+    app = make(app, unavailable=True, replica_retry=1000)
+    break_replica(app, 0)
+    break_replica(app, 1)
+    assert ask(app)[0] == "a mistake"
+
+
+def test_other_errors_of_a_replica_are_not_hidden(make):
+    app = make("read", names=["one"])
+
+    def refuse(dialect, record, arguments, options):
+        raise OperationalError("connect", {}, type("OperationalError", (Exception,), {"__module__": "psycopg"})(
+            "connection to server at localhost failed: FATAL:  password authentication failed"
+        ))  # fmt: skip
+
+    event.listen(app.engines["replicas[0]"], "do_connect", refuse)
+    with pytest.raises(DBAPIError, match="password authentication failed"):
+        ask(app)
+
+
+def test_replicas_refuse_to_write(make):
+    """What nobody could see to write does not happen there."""
+
+    def app(environ, start_response):
+        engine = middleware.engines["replicas[0]"]
+        with pytest.raises(DBAPIError, match="readonly"), engine.begin() as connection:
+            connection.execute(insert(Row).values(name="x"))
+        start_response("200 OK", [])
+        return [b"refused"]
+
+    middleware = make(app)
+    assert ask(middleware)[0] == "refused"
+
+
+def test_writes_of_a_get_are_repeated_although_two_connections_are_held(make):
+    """The replica's has nothing to commit, so nothing can be committed in part."""
+    tries = []
+
+    def app(environ, start_response):
+        tries.append(read())
+        write()
+        if len(tries) == 1:
+            raise LookupError
+        start_response("200 OK", [])
+        return [b"done"]
+
+    app = make(app, transaction={"attempts": 2, "retry_on": LookupError})
+    assert ask(app)[0] == "done"
+    assert tries[1] == "primary"
+    with app.engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM row WHERE name = 'new'")).scalar_one() == 1
+
+
+def test_commit_that_fails_is_repeated_although_two_connections_are_held(make):
+    tries = []
+
+    def fail(opened: Session) -> None:
+        raise LookupError
+
+    def app(environ, start_response):
+        tries.append(read())
+        write()
+        if len(tries) < 3:
+            event.listen(session(), "before_commit", fail)
+        start_response("200 OK", [])
+        return [b"done"]
+
+    assert ask(make(app, transaction={"attempts": 3, "retry_on": LookupError}))[0] == "done"
+    assert len(tries) == 3
+
+
+def test_session_of_a_class_of_the_applications_own(make):
+    class Mine(Session):
+        pass
+
+    def app(environ, start_response):
+        assert isinstance(session(), Mine)
+        start_response("200 OK", [])
+        return [read().encode()]
+
+    assert ask(make(app, session_options={"class_": Mine}))[0] in ("one", "two")
+
+
+def test_requests_that_use_no_session_make_no_engine(tmp_path):
+    app = SQLASessionMiddleware(App("head"), f"sqlite:///{tmp_path}/a.db", replicas=[f"sqlite:///{tmp_path}/b.db"])
+    assert ask(app) == ("", None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_threads_each_have_their_own(make):
+    app = make("read write read rollback")
+    found: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def run() -> None:
+        barrier.wait(10)
+        found.append(ask(app)[0].split()[0])
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(found) == 8
+    assert set(found) <= {"one", "two"}
+
+
+def test_given_engines_are_taken_as_they_are(tmp_path):
+    given = create_engine(f"sqlite:///{tmp_path}/given.db")
+    Base.metadata.create_all(given)
+    app = SQLASessionMiddleware(App("read"), "sqlite://", replicas=[given])
+    assert app.engines["replicas[0]"] is given
+    assert consume(app(environ(), start_response)) == b""
+    with given.begin() as connection:
+        connection.execute(insert(Row).values(name="still writable"))
+    app.dispose()
+    given.dispose()
+
+
+def test_replicas_have_the_primarys_options(tmp_path):
+    app = SQLASessionMiddleware(
+        App("read"), f"sqlite:///{tmp_path}/a.db", engine_options={"pool_size": 3, "max_overflow": 0},
+        replicas=[f"sqlite:///{tmp_path}/b.db", {"url": f"sqlite:///{tmp_path}/c.db", "pool_size": 7}],
+    )  # fmt: skip
+    assert [engine.pool.size() for engine in app.engines.values()] == [3, 3, 7]
+
+
+MISTAKES = {
+    "text": ({"replicas": "sqlite://"}, r"replicas must be a list of databases, got str\."),
+    "dict": ({"replicas": {"one": "sqlite://"}}, r"replicas must be a list of databases, got dict\."),
+    "number": ({"replicas": 7}, r"replicas must be a list of databases, got int\."),
+    "URL": ({"replicas": ["sqlite://", "nothing"]}, r"replicas\[1\] must be a database URL"),
+    "option": ({"replicas": [{"url": "sqlite://", "pol": 1}]}, r"replicas\[0\]\['pol'\] is not an option"),
+    "seconds": ({"replicas": ["sqlite://"], "read_your_writes": -1}, r"read_your_writes must be a number of seconds"),
+    "retry": ({"replicas": ["sqlite://"], "replica_retry": "7"}, r"replica_retry must be a number of seconds"),
+    "twophase": (
+        {"replicas": ["sqlite://"], "session_options": {"twophase": True}}, "cannot be used with replicas",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake(name):
+    options, problem = MISTAKES[name]
+    with pytest.raises(ConfigurationError, match=problem):
+        SQLASessionMiddleware(App("read"), "sqlite://", **options)
+
+
+INI = {"sqlalchemy.url": "sqlite:///a.db", "__file__": "shop.ini"}
+ONE, TWO = "postgresql+psycopg://u:secret@one/shop", "postgresql+psycopg://u:secret@two/shop?application_name=a,b"
+
+
+@pytest.mark.parametrize("between", [" ", "\n", ", ", ",\n    ", ",", "\n\n"])
+def test_ini(tmp_path, between):
+    settings = {
+        **INI, "here": str(tmp_path), "read_your_writes": "2.5", "replica_retry": "7",
+        "sqlalchemy.replicas": f"{ONE}{between}{TWO}{between}sqlite:///c.db", "sqlalchemy.replicas.pool_size": "9",
+    }  # fmt: skip
+    app = SQLASessionMiddleware.from_config(App("read"), settings)
+    default, *replicas = app.engines.values()
+    assert default.url.database == f"{tmp_path}/a.db"
+    assert [each.url.host for each in replicas] == ["one", "two", None]
+    assert replicas[1].url.query == {"application_name": "a,b"}
+    assert replicas[2].url.database == f"{tmp_path}/c.db"
+    assert [each.pool.size() for each in replicas] == [9, 9, 9]
+    assert app.routing.replicas.marker.seconds == 2.5
+
+
+INI_MISTAKES = {
+    "sqlalchemy.replicas": ("nothing", "'sqlalchemy.replicas' in shop.ini must be a database URL"),
+    "sqlalchemy.replicas.pol_size": ("7", "'sqlalchemy.replicas.pol_size' in shop.ini is not an option"),
+    "sqlalchemy.replicas.pool_size": ("x", "'sqlalchemy.replicas.pool_size' in shop.ini must be a whole number"),
+    "sqlalchemy.replica": (ONE, "'sqlalchemy.replica' in shop.ini is not an option of create_engine() for sqlite"),
+    "read_your_writes": ("often", "'read_your_writes' in shop.ini must be a number of seconds"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", INI_MISTAKES)
+def test_mistake_in_an_ini(key):
+    value, problem = INI_MISTAKES[key]
+    with pytest.raises(ConfigurationError) as caught:
+        SQLASessionMiddleware.from_config(App("read"), {**INI, "sqlalchemy.replicas": "sqlite://", key: value})
+    assert str(caught.value).startswith(problem)
+    assert "secret" not in str(caught.value)
+
+
+def test_options_for_replicas_that_are_not_there():
+    with pytest.raises(ConfigurationError, match=r"'sqlalchemy.replicas' in shop.ini is missing"):
+        SQLASessionMiddleware.from_config(App("read"), {**INI, "sqlalchemy.replicas.pool_size": "3"})
