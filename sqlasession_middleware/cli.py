@@ -78,6 +78,7 @@ def check(ini: str, processes: int | None, threads: int | None) -> None:
         if len(applications) > 1:
             click.echo(f"\napplication {number} of {len(applications)}: {application!r}")
         click.echo("\n".join(aligned([(*Capacity.TITLES, "ping"), *rows])))
+        application.dispose()
     for server, count in needed.items():
         troubles += _compare(server, count, limits[server])
     for trouble in troubles:
