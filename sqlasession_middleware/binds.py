@@ -12,10 +12,12 @@ have one of its own, in ``Table.info["bind_key"]``. What has no key belongs to t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from sqlalchemy import Index, Sequence, Table, UpdateBase, inspect
 from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.functions import next_value
 
@@ -53,8 +55,11 @@ def find_bind_key(mapper: Any, clause: Any) -> str | None:
     Where a statement has several tables it is the first one's, of DML the target's: no database joins two.
     """
     if mapper is not None:
+        if not isinstance(mapper, Mapper):
+            mapper = inspect(mapper).mapper
         # A flush asks for the base of an inheritance, and writes all of its tables on one connection.
-        return _find(inspect(mapper).mapper.base_mapper.local_table)
+        table = mapper.base_mapper.local_table
+        return key_of(table) if type(table) is Table else _find(table)
     if clause is None:
         return None
     element = getattr(clause, "element", clause)  # of DDL: a table, an index, a sequence
@@ -67,17 +72,28 @@ def _find(element: Any) -> str | None:
     if not isinstance(element, Table | Sequence):
         if not hasattr(element, "get_children"):
             return None
-        element = next((each for each in visitors.iterate(element) if isinstance(each, Table | next_value)), None)
-        if isinstance(element, next_value):
-            element = element.sequence
+        # A SELECT's columns tell in most cases, and to ask for them by a public name takes longer than the rest.
+        columns = getattr(element, "_raw_columns", ())
+        owners = map(_owner, chain(columns, visitors.iterate(element)))
+        element = next((owner for owner in owners if owner is not None), None)
     return None if element is None else key_of(element)
+
+
+def _owner(element: Any) -> Table | Sequence | None:
+    """The table or sequence that an element of a statement surely comes from."""
+    if isinstance(element, Table):
+        return element
+    owner = getattr(element, "sequence" if isinstance(element, next_value) else "table", None)
+    return owner if isinstance(owner, Table | Sequence) else None
 
 
 def key_of(element: Table | Sequence) -> str | None:
     """The bind key of a table or sequence; None for the default engine."""
     key: str | None = element.info.get("bind_key")
-    if key is None and element.metadata is not None:
-        key = element.metadata.info.get("bind_key")
+    if key is None:
+        metadata = element.metadata
+        if metadata is None or (key := metadata.info.get("bind_key")) is None:
+            return None
     return None if key == DEFAULT else key
 
 

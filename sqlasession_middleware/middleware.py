@@ -31,7 +31,7 @@ from .errors import ConfigurationError, nearest
 from .files import call_with_file_wrapper
 from .marks import Marker
 from .replicas import Replicas, read_replicas
-from .routing import RoutedScope, Routing, RoutingSession
+from .routing import RoutedScope, Routing
 from .schema import TablesOf, create_tables, drop_tables, metadata, tables_by_key, warn_of_no_tables
 from .sessions import session_class_for
 from .settings import SESSION_OPTIONS, check_types, copy_options, ini_names, ini_place, read_settings
@@ -118,7 +118,7 @@ class SQLASessionMiddleware:
             marker = Marker(self._source.url, read_your_writes)
             balanced = Replicas(read_replicas(replicas, engine_options), marker, replica_retry)
             self._new_scope = RoutedScope
-        self.routing = Routing(self, self._source, sources, balanced)
+        self.routing = Routing(self._source, sources, balanced)
 
     @classmethod
     def from_config(cls, app: WSGIApplication, config: Mapping[str, str], prefix: str = "sqlalchemy.") -> Self:
@@ -240,9 +240,7 @@ class SQLASessionMiddleware:
         if routing is None:
             session_class = session_class_for([engine.dialect.name], self._session_class)
             return partial(session_class, bind=engine, **self._session_options)
-        dialects = [each.dialect.name for each in routing.all_engines().values()]
-        session_class = session_class_for(dialects, self._session_class, RoutingSession)
-        return partial(session_class, bind=engine, **{"routing": routing, **self._session_options})
+        return routing.session_maker(self._session_class, self._session_options)
 
     def init_database(self) -> None:
         """Create the tables that are not there yet, each on the engine that it belongs to. Needs no scope.
@@ -263,7 +261,7 @@ class SQLASessionMiddleware:
             drop_tables(engine, *tables)
 
     def _placed_tables(self) -> list[tuple[Engine, TablesOf]]:
-        routing = self.routing or Routing(self, self._source, {}, None)
+        routing = self.routing or Routing(self._source, {}, None)
         return [
             (routing.engine_of(key, "a table of the metadata"), tables)
             for key, tables in tables_by_key(self._collections)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction
@@ -18,30 +19,29 @@ from .drivers import written_position
 from .engines import EngineSource
 from .marks import Mark
 from .replicas import Replica, Replicas, is_of_replica
-from .sessions import RequestSession, current_scope, open_connections
-from .statements import is_read_throughout
+from .sessions import RequestSession, current_scope, open_connections, session_class_for
+from .statements import is_read, is_read_throughout
 
-__all__ = ["RoutedScope", "Routing", "RoutingSession", "on_primary"]
+__all__ = ["RoutedScope", "Routing", "on_primary"]
 
 #: RFC 9110, 9.2.1: methods that ask for nothing to be changed.
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
+
+#: How many statements a session keeps, at most.
+EXECUTED_AT_MOST = 100
 
 
 class Routing:
     """The engines of one application.
 
-    :param owner: the application.
     :param default: of what has no bind key: the primary, where there are replicas.
     :param binds: by their keys.
     :param replicas: of the default engine.
     """
 
-    def __init__(
-        self, owner: object, default: EngineSource, binds: Mapping[str, EngineSource], replicas: Replicas | None
-    ) -> None:
-        self.owner = owner
+    def __init__(self, default: EngineSource, binds: Mapping[str, EngineSource], replicas: Replicas | None) -> None:
         self._default = default
-        self._binds = binds
+        self.binds = binds
         self.replicas = replicas
 
     def engine_of(self, key: str | None, what: str) -> Engine:
@@ -52,20 +52,44 @@ class Routing:
         """
         if key is None or key == DEFAULT:
             return self._default.engine
-        if key not in self._binds:
-            check_bind_key(key, self._binds, what)
-        return self._binds[key].engine
+        if key not in self.binds:
+            check_bind_key(key, self.binds, what)
+        return self.binds[key].engine
+
+    def session_maker(self, session_class: type[Session], options: Mapping[str, Any]) -> Callable[..., Session]:
+        """Makes the Sessions of the application.
+
+        :param session_class: and ``options``: the application's own.
+        """
+        engines = self.all_engines()
+        dialects = {engine.dialect.name for engine in engines.values()}
+        bound = {"bind": engines[DEFAULT], **options}
+        routing = partial(session_class_for(dialects, session_class, RoutingSession), **bound)
+        on_primary = partial(session_class_for(dialects, session_class, PrimarySession), **bound)
+        has_binds = bool(self.binds)
+
+        def make(**more: Any) -> Session:
+            if not has_binds:
+                scope = current.get(None)
+                if not isinstance(scope, RoutedScope) or not scope.is_safe():
+                    return on_primary(**more)
+            # Not by the constructor, which would need one more of ours for it.
+            opened = cast(RoutingSession, routing(**more))
+            opened.routing = self
+            return opened
+
+        return make
 
     def dispose(self) -> None:
         """Close the idle connections of all but the default engine."""
-        for source in self._binds.values():
+        for source in self.binds.values():
             source.dispose()
         if self.replicas is not None:
             self.replicas.dispose()
 
     def all_engines(self) -> dict[str, Engine]:
         """By name."""
-        engines = {DEFAULT: self._default.engine, **{key: source.engine for key, source in self._binds.items()}}
+        engines = {DEFAULT: self._default.engine, **{key: source.engine for key, source in self.binds.items()}}
         for number, engine in enumerate(self.replicas.engines if self.replicas is not None else ()):
             engines[f"replicas[{number}]"] = engine
         return engines
@@ -96,23 +120,24 @@ class RoutedScope(Scope):
     #: what was committed, if the client can still be told of it
     written: Mark | None = None
 
+    def is_safe(self) -> bool:
+        """Whether the request asks for nothing to be changed."""
+        environ = self.environ
+        return environ is not None and environ.get("REQUEST_METHOD") in SAFE_METHODS
+
     def find_route(self, replicas: Replicas) -> Route:
         """Where this request reads."""
         route = self.route
         if route is None:
-            environ = self.environ
-            if environ is None or environ.get("REQUEST_METHOD") not in SAFE_METHODS:
-                route = Route(True, None)
-            else:
-                route = Route(False, replicas.marker.read(environ))
-            self.route = route
+            mark = replicas.marker.read(self.environ) if self.environ is not None and self.is_safe() else None
+            route = self.route = Route(not self.is_safe(), mark)
         return route
 
     def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
         """As any scope's; what the request has written is told to the client."""
         mark = self.written
         opened = self.session
-        if mark is None and isinstance(opened, RoutingSession) and opened.has_written and opened.in_transaction():
+        if mark is None and isinstance(opened, PrimarySession) and opened.has_something_to_commit():
             mark = Mark(time.time(), None)  # Nobody knows yet where the commit will be.
         environ = self.environ
         if mark is not None and environ is not None:
@@ -120,21 +145,51 @@ class RoutedScope(Scope):
         return super().start(status, headers, exc_info)
 
 
-class RoutingSession(RequestSession):
-    """The Session of an application with more than one engine.
+class PrimarySession(RequestSession):
+    """The Session of an application with replicas, where it is on the primary from the start.
 
-    :param routing: what they are.
-    :param options: of the Session.
+    It keeps what it executes until a commit, so that the client can be told whether it has written: to find that out
+    takes longer than to remember it, and most requests that only read commit nothing.
     """
 
-    #: where it reads, once it is known to be a request's
-    _route: Route | None = None
-    #: whether something was written to the primary since the last commit
+    #: None stands for a flush, or for a connection that was asked for
+    _executed: list[Any] | None = None
+    #: whether something was surely written since the last commit
     has_written = False
 
-    def __init__(self, *, routing: Routing, **options: Any) -> None:
-        super().__init__(**options)
-        self.routing = routing
+    def get_bind(self, mapper: Any = None, *, clause: Any = None, **more: Any) -> Any:
+        if not self.has_written:
+            self.note(clause)
+        return super().get_bind(mapper, clause=clause, **more)
+
+    def note(self, clause: Any) -> None:
+        """Remember a statement on the primary."""
+        if self._executed is None:
+            self._executed = []
+        self._executed.append(clause)
+        if clause is None or len(self._executed) >= EXECUTED_AT_MOST:
+            self.has_written = self.take_written()
+
+    def has_something_to_commit(self) -> bool:
+        """Whether a commit, if there is one, will most likely have written."""
+        executed = self._executed or ()
+        return self.in_transaction() and (self.has_written or not all(map(is_read, executed)))
+
+    def take_written(self) -> bool:
+        """Whether something was written to the primary since the last call."""
+        executed, self._executed = self._executed or (), None
+        written = self.has_written or any(each is None or not is_read_throughout(each) for each in executed)
+        self.has_written = False
+        return written
+
+
+class RoutingSession(PrimarySession):
+    """The Session of an application with more than one engine."""
+
+    #: what they are
+    routing: Routing
+    #: where it reads, once it is known to be a request's
+    _route: Route | None = None
 
     def get_bind(
         self, mapper: Any = None, *, clause: Any = None, bind: Any = None, bind_key: str | None = None, **more: Any
@@ -144,46 +199,44 @@ class RoutingSession(RequestSession):
         :param bind: or ``bind_key``, in ``bind_arguments``: the application's own choice.
         :raises UnboundExecutionError: if there is no such bind key.
         """
-        replicas = self.routing.replicas
+        routing = self.routing
+        replicas = routing.replicas
         if bind is None and bind_key is not None:
-            bind = self.routing.engine_of(bind_key, "bind_arguments")
+            bind = routing.engine_of(bind_key, "bind_arguments")
         if bind is not None:
             if replicas is not None and not is_of_replica(bind):
                 self._move(replicas, clause)
             return bind
-        key = find_bind_key(mapper, clause)
-        if key is not None:
-            return self.routing.engine_of(key, f"{clause if mapper is None else mapper}")
-        default = super().get_bind(mapper, clause=clause, **more)
+        if routing.binds:
+            key = find_bind_key(mapper, clause)
+            if key is not None:
+                return routing.engine_of(key, f"{clause if mapper is None else mapper}")
+        default = super(PrimarySession, self).get_bind(mapper, clause=clause, **more)
         if replicas is None or default is not self.bind:
             return default  # A class of the application's own, or Session.bind_table(), has decided.
-        return self._primary_or_replica(default, replicas, clause)
-
-    def _primary_or_replica(self, primary: Any, replicas: Replicas, clause: Any) -> Any:
         route = self._route or self._find_route(replicas)
         if route is None or route.moved:
             if not self.has_written:
-                self._move(replicas, clause)
-            return primary
+                self.note(clause)
+            return default
         # Without a statement it is a flush, or the application asks for the connection itself.
         if clause is None or not is_read_throughout(clause):
             self._move(replicas, None)
-            return primary
+            return default
         if route.transaction is None or route.transaction is not self.get_transaction():
             replica = replicas.connect(self, route.mark, route.replica)
             if replica is not None:
                 route.replica = replica
-            route.engine = primary if replica is None else replica.engine
+            route.engine = default if replica is None else replica.engine
             route.transaction = self.get_transaction()
         return route.engine
 
     def _move(self, replicas: Replicas, clause: Any) -> None:
-        """Work on the primary for the rest of the request; and note a write, for the client to know of."""
+        """Work on the primary for the rest of the request."""
         route = self._route or self._find_route(replicas)
         if route is not None:
             route.moved = True
-        if clause is None or not is_read_throughout(clause):
-            self.has_written = True
+        self.note(clause)
 
     def _find_route(self, replicas: Replicas) -> Route | None:
         scope = current.get(None)
@@ -192,16 +245,15 @@ class RoutingSession(RequestSession):
         return self._route
 
 
-@event.listens_for(RoutingSession, "after_commit")
+@event.listens_for(PrimarySession, "after_commit")
 def _note_written(opened: Session) -> None:
     """Note for the client that it has written, and how far the primary's log went."""
-    if not isinstance(opened, RoutingSession) or not opened.has_written or opened.in_nested_transaction():
+    if not isinstance(opened, PrimarySession) or opened.in_nested_transaction() or not opened.take_written():
         return
-    opened.has_written = False
     scope: Any = current.get(None)
     while isinstance(scope, Scope):
         # Not once the head has left: it was told by then that something may have been written.
-        if isinstance(scope, RoutedScope) and scope.owner is opened.routing.owner and scope.headers is None:
+        if isinstance(scope, RoutedScope) and scope.owner.engine is opened.bind and scope.headers is None:
             primary = [connection for connection in open_connections(opened) if connection.engine is opened.bind]
             scope.written = Mark(time.time(), written_position(primary[0]) if primary else None)
             return

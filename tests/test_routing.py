@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from werkzeug.test import Client, EnvironBuilder
 
-from sqlasession_middleware import SQLASessionMiddleware, on_primary, release, session
+from sqlasession_middleware import SQLASessionMiddleware, application, on_primary, release, session
 from sqlasession_middleware.errors import ConfigurationError, ScopeError
 from sqlasession_middleware.marks import Mark
 
@@ -185,9 +185,7 @@ MOVING = {
     "DML by text": lambda: session.execute(text("DELETE FROM row WHERE id > 100")),
     "DDL": lambda: session.execute(text("CREATE TABLE more (id int)")),
     "FOR UPDATE": lambda: session.execute(select(Row).with_for_update()),
-    "explicit bind": lambda: session.execute(
-        text("SELECT 1"), bind_arguments={"bind": session.registry().routing.owner.engine}
-    ),
+    "explicit bind": lambda: session.execute(text("SELECT 1"), bind_arguments={"bind": session().bind}),
     "explicit bind key": lambda: session.execute(text("SELECT 1"), bind_arguments={"bind_key": "default"}),
     "connection": lambda: session.connection(),
     "savepoint": lambda: session.begin_nested(),
@@ -201,7 +199,7 @@ STAYING = {
     "expired attribute": lambda: (row := session.get(Row, 1), session.expire(row), row.name),
     "empty flush": lambda: session.flush(),
     "explicit replica": lambda: session.execute(
-        text("SELECT 1"), bind_arguments={"bind": session.registry().routing.owner.engines["replicas[0]"]}
+        text("SELECT 1"), bind_arguments={"bind": application.engines["replicas[0]"]}
     ),
 }
 
@@ -261,7 +259,7 @@ def test_savepoint_is_no_commit(make):
     def app(environ, start_response):
         with session.begin_nested():
             write()
-        told.append(session.registry().routing.owner.routing and session().has_written)
+        told.append(session().has_written)
         start_response("200 OK", [])
         return [b""]
 

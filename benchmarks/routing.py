@@ -1,0 +1,130 @@
+"""What binds and replicas cost a request that does not use them, and what the read-your-writes cookie costs.
+
+Run with ``python benchmarks/routing.py`` on an otherwise idle machine. As in per_request.py all contenders do the same
+work, interleaved in one process; each figure is the median over the rounds of the difference within a round. The cookie
+is that of a database without a write-ahead log to ask: asking PostgreSQL takes a round trip, which is measured by
+itself where a server answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from per_request import Base, Item, Table, difference, get_object, make_engine, measure, select_row, using
+from sqlalchemy import Engine, create_engine, select, text, update
+
+from sqlasession_middleware import SQLASessionMiddleware, session
+from sqlasession_middleware.drivers import written_position
+
+POSTGRESQL = os.environ.get("TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
+
+
+def serve(app: Any, method: str, cookie: str | None = None) -> list[tuple[str, str]]:
+    """One request, as a server runs it; the response's headers."""
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": "/"}
+    if cookie is not None:
+        environ["HTTP_COOKIE"] = cookie
+    heads: list[list[tuple[str, str]]] = []
+    result = app(environ, lambda status, headers, exc_info=None: heads.append(headers))
+    for _ in result:
+        pass
+    result.close()
+    return heads[0]
+
+
+def core_row(current: Any) -> object:
+    return current.execute(CORE).one()
+
+
+CORE = select(Item.__table__).where(Item.__table__.c.id == 1)
+UPDATE = update(Item.__table__).where(Item.__table__.c.id == 1).values(name="new")
+
+
+def writing(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    session.execute(UPDATE)
+    session.commit()
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"done"]
+
+
+def unused_rows(table: Table, engine: Engine, rounds: int) -> None:
+    works = [
+        ("no session", None, 2000),
+        ("SELECT", select_row, 80),
+        ("Core", core_row, 80),
+        ("ORM get", get_object, 80),
+    ]
+    for label, work, calls in works:
+        app = using(session, work)
+        contenders = {
+            "neither": SQLASessionMiddleware(app, engine),
+            "binds": SQLASessionMiddleware(app, engine, binds={"audit": "sqlite://"}),
+            "replicas": SQLASessionMiddleware(app, engine, replicas=["sqlite://"]),
+        }
+        # A method that is not safe: the request is the primary's.
+        figures = measure({name: lambda app=app: serve(app, "POST") for name, app in contenders.items()}, calls, rounds)
+        table.row(f"{label}: neither", f"{statistics.median(figures['neither']):.2f} us")
+        for name in ("binds", "replicas"):
+            more = difference(figures, name, "neither")
+            against = f"{more:+.2f} us"
+            table.row(f"{label}: {name}", f"{statistics.median(figures[name]):.2f} us", against, "+1 us", more <= 1)
+
+
+def cookie_rows(table: Table, engine: Engine, rounds: int) -> None:
+    """Given by a request that writes, and taken by one that reads: from the primary in all cases."""
+    writer = SQLASessionMiddleware(writing, engine, replicas=["sqlite://"])
+    silent = SQLASessionMiddleware(writing, engine, replicas=["sqlite://"])
+    silent.routing.replicas.marker.header = lambda mark, environ: ("Set-Cookie", "")  # type: ignore[union-attr]
+    figures = measure({"cookie": lambda: serve(writer, "POST"), "none": lambda: serve(silent, "POST")}, 40, rounds)
+    given = difference(figures, "cookie", "none")
+    table.row("cookie given", f"{statistics.median(figures['cookie']):.2f} us", f"{given:+.2f} us")
+    mark = dict(serve(writer, "POST"))["Set-Cookie"].partition(";")[0]
+    marker = writer.routing.replicas.marker  # type: ignore[union-attr]
+    figures = measure(
+        {
+            "cookie": lambda: marker.is_recent(marker.read({"HTTP_COOKIE": f"theme=dark; {mark}; lang=en"})),
+            "none": lambda: marker.read({"HTTP_COOKIE": "theme=dark; session=0123456789; lang=en"}),
+        },
+        2000,
+        rounds,
+    )
+    taken = difference(figures, "cookie", "none")
+    table.row("cookie taken", f"{statistics.median(figures['cookie']):.2f} us", f"{taken:+.2f} us")
+    table.row("cookie, both", f"{given + taken:.2f} us", "", "3 us", given + taken <= 3)
+
+
+def position_row(table: Table, rounds: int) -> None:
+    engine = create_engine(POSTGRESQL)
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+            connection.commit()
+            figures = measure({"asked": lambda: written_position(connection)}, 20, rounds)
+        table.row("PostgreSQL asked for its position", f"{statistics.median(figures['asked']):.2f} us")
+    except Exception as error:
+        print(f"PostgreSQL is not reachable: {error}")
+    finally:
+        engine.dispose()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=201)
+    rounds = parser.parse_args().rounds
+    engine = make_engine()
+    Base.metadata.create_all(engine)
+    table = Table()
+    unused_rows(table, engine, rounds)
+    cookie_rows(table, engine, rounds)
+    position_row(table, rounds)
+    print(f"\n{table.missed} of the bars missed" if table.missed else "\nall bars held")
+    return min(table.missed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
