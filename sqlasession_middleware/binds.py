@@ -12,7 +12,6 @@ have one of its own, in ``Table.info["bind_key"]``. What has no key belongs to t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 from sqlalchemy import Index, Sequence, Table, UpdateBase, inspect
@@ -28,6 +27,9 @@ __all__ = ["DEFAULT", "check_bind_key", "find_bind_key", "key_of", "read_binds"]
 
 #: the name of the engine that is no bind's
 DEFAULT = "default"
+
+_OWNERS = (Table, Sequence)
+_WITH_TARGET = (UpdateBase, Index)
 
 
 def read_binds(binds: Any) -> dict[str, EngineSource]:
@@ -60,22 +62,23 @@ def find_bind_key(mapper: Any, clause: Any) -> str | None:
         # A flush asks for the base of an inheritance, and writes all of its tables on one connection.
         table = mapper.base_mapper.local_table
         return key_of(table) if type(table) is Table else _find(table)
-    if clause is None:
-        return None
+    # Most statements are a SELECT whose first column tells; a public name for it would take longer than the rest.
+    columns = getattr(clause, "_raw_columns", None)
+    if columns:
+        table = columns[0] if type(columns[0]) is Table else getattr(columns[0], "table", None)
+        if isinstance(table, Table):
+            return key_of(table)
+    return _find(clause)
+
+
+def _find(clause: Any) -> str | None:
     element = getattr(clause, "element", clause)  # of DDL: a table, an index, a sequence
-    if isinstance(element, UpdateBase | Index):
+    if isinstance(element, _WITH_TARGET):
         element = element.table
-    return _find(element)
-
-
-def _find(element: Any) -> str | None:
-    if not isinstance(element, Table | Sequence):
+    if not isinstance(element, _OWNERS):
         if not hasattr(element, "get_children"):
             return None
-        # A SELECT's columns tell in most cases, and to ask for them by a public name takes longer than the rest.
-        columns = getattr(element, "_raw_columns", ())
-        owners = map(_owner, chain(columns, visitors.iterate(element)))
-        element = next((owner for owner in owners if owner is not None), None)
+        element = next((each for each in map(_owner, visitors.iterate(element)) if each is not None), None)
     return None if element is None else key_of(element)
 
 
@@ -84,7 +87,7 @@ def _owner(element: Any) -> Table | Sequence | None:
     if isinstance(element, Table):
         return element
     owner = getattr(element, "sequence" if isinstance(element, next_value) else "table", None)
-    return owner if isinstance(owner, Table | Sequence) else None
+    return owner if isinstance(owner, _OWNERS) else None
 
 
 def key_of(element: Table | Sequence) -> str | None:

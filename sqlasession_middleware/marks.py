@@ -47,18 +47,22 @@ class Marker:
         self.seconds = seconds
         place = repr((url.get_backend_name(), url.host, url.port, url.database, url.query.get("host")))
         self.name = f"sqlasession_{sha256(place.encode()).hexdigest()[:8]}"
-        self._find = re.compile(rf"(?:^|[;\s]){self.name}{_VALUE}").finditer
+        self._findall = re.compile(rf"(?:^|[;\s]){self.name}{_VALUE}").findall
+        attributes = "Path=/; HttpOnly; SameSite=Lax"
+        self._for_seconds = f"; Max-Age={int(seconds) + 1}; {attributes}"
+        self._for_position = f"; Max-Age={int(max(seconds, KEEP_POSITION)) + 1}; {attributes}"
 
     def read(self, environ: Mapping[str, Any]) -> Mark | None:
         """The mark that a request carries, if it carries one that can be read."""
         cookies = environ.get("HTTP_COOKIE")
         if not cookies or self.name not in cookies:
             return None
+        found = self._findall(cookies)
+        if not found:
+            return None
         # A client may have several by one name: the last write counts.
-        marks = [
-            Mark(int(found[1]) / 1000, None if found[2] is None else int(found[2])) for found in self._find(cookies)
-        ]
-        return max(marks, key=lambda mark: (mark.position or 0, mark.time), default=None)
+        milliseconds, position = found[0] if len(found) == 1 else max(found, key=_order)
+        return Mark(int(milliseconds) / 1000, int(position) if position else None)
 
     def is_recent(self, mark: Mark) -> bool:
         """Whether a replica may not have the write, by the time that has passed; whoever's clock is ahead."""
@@ -66,11 +70,14 @@ class Marker:
 
     def header(self, mark: Mark, environ: Mapping[str, Any]) -> tuple[str, str]:
         """The header that hands a mark to the client."""
-        value = f"{int(mark.time * 1000)}"
-        keep = self.seconds
-        if mark.position is not None:
-            value += f".{mark.position}"
-            keep = max(keep, KEEP_POSITION)
-        secure = "; Secure" if environ.get("wsgi.url_scheme") == "https" else ""
-        cookie = f"{self.name}={value}; Max-Age={int(keep) + 1}; Path=/; HttpOnly; SameSite=Lax{secure}"
-        return ("Set-Cookie", cookie)
+        milliseconds = int(mark.time * 1000)
+        if mark.position is None:
+            cookie = f"{self.name}={milliseconds}{self._for_seconds}"
+        else:
+            cookie = f"{self.name}={milliseconds}.{mark.position}{self._for_position}"
+        return ("Set-Cookie", cookie + "; Secure" if environ.get("wsgi.url_scheme") == "https" else cookie)
+
+
+def _order(value: tuple[str, str]) -> tuple[int, int]:
+    milliseconds, position = value
+    return int(position or 0), int(milliseconds)
