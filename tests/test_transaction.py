@@ -667,6 +667,19 @@ def test_nothing_is_repeated_when_the_application_has_committed_something(
         call(make_sqlite(app, {"attempts": 3, **NO_WAIT}))
 
 
+def test_release_of_a_savepoint_is_no_commit(make: Any) -> None:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        with session.begin_nested():
+            add(str(environ["sqlasession.attempt"]))
+        if environ["sqlasession.attempt"] == 1:
+            raise Deadlock
+        return answer(start)
+
+    wrapped = make(app, {"attempts": 2, **NO_WAIT})
+    assert call(wrapped) == ("200 OK", b"done")
+    assert names(wrapped) == ["2"]
+
+
 def test_nothing_is_repeated_when_the_application_has_committed_in_two_phases(server_url: str) -> None:
     def app(environ: Environ, start: StartResponse) -> list[bytes]:
         assert environ["sqlasession.attempt"] == 1
