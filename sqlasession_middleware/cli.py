@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 try:
     import click
     from paste.deploy import loadapp  # type: ignore[import-untyped]
-except ImportError as missing:
+except ImportError as missing:  # pragma: no cover  # in a process of its own
     sys.exit(f"sqlasession needs {missing.name}: pip install 'sqlasession_middleware[cli]'")
 
 __all__ = ["main"]

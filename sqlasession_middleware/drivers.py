@@ -143,26 +143,30 @@ def written_position(connection: Connection) -> int | None:
     """
     if connection.dialect.name != "postgresql" or _is_gone(connection):
         return None
-    return _ask_alone(_driver_connection(connection), ASK_WRITTEN)
-
-
-def replayed_position(driver_connection: Any, dialect: str) -> int | None:
-    """How many bytes of the primary's write-ahead log a standby of PostgreSQL has replayed; None if that is unknown."""
-    return _ask_alone(driver_connection, ASK_REPLAYED) if dialect == "postgresql" else None
-
-
-def _ask_alone(driver_connection: Any, statement: str) -> int | None:
-    """Ask outside of a transaction, and leave none open: that takes one round trip."""
     try:
-        before = driver_connection.autocommit
-        driver_connection.autocommit = True
-        try:
-            position = _ask(driver_connection, statement)[0]
-        finally:
-            driver_connection.autocommit = before
+        return _ask_alone(connection, ASK_WRITTEN)
     except Exception:
-        return None
-    return position if isinstance(position, int) else None
+        return None  # What was committed is, whatever has happened since.
+
+
+def replayed_position(connection: Connection) -> int | None:
+    """How many bytes of the primary's write-ahead log a standby of PostgreSQL has replayed; None if it is no standby.
+
+    :raises Exception: the driver's, if it does not answer.
+    """
+    return _ask_alone(connection, ASK_REPLAYED)
+
+
+def _ask_alone(connection: Connection, statement: str) -> int | None:
+    """Ask outside of a transaction, and leave none open: that takes one round trip."""
+    driver_connection = _driver_connection(connection)
+    before = driver_connection.autocommit
+    driver_connection.autocommit = True
+    try:
+        position: int | None = _ask(driver_connection, statement)[0]
+    finally:
+        driver_connection.autocommit = before
+    return position
 
 
 def make_read_only(driver_connection: Any, dialect: str) -> None:

@@ -36,7 +36,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.pool import QueuePool
 
 from .errors import ConfigurationError, nearest
-from .forks import after_fork, check_process, leave_to_parent
+from .forks import after_fork, check_process, has_unseen_forks, leave_to_parent
 from .settings import ENGINE_OPTIONS, check_types, copy_options
 from .watch import WatchedPool
 
@@ -53,7 +53,7 @@ _creating = threading.RLock()
 
 
 @after_fork
-def _renew_lock() -> None:
+def _renew_lock() -> None:  # pragma: no cover  # in a child
     global _creating
     _creating = threading.RLock()
 
@@ -100,7 +100,8 @@ class EngineSource:
     @property
     def engine(self) -> Engine:
         """The engine, made now if this is its first use."""
-        check_process()
+        if has_unseen_forks:  # pragma: no cover  # in uWSGI
+            check_process()
         if self._engine is None:
             with _creating:
                 if self._engine is None:

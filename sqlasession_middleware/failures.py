@@ -72,6 +72,9 @@ _SQLSTATES: Final[Mapping[str, Failure]] = {
 # error; then as 40001.
 _YUGABYTEDB_RETRYABLE: Final = re.compile("(schema|catalog) version mismatch", re.IGNORECASE)
 
+# PgBouncer says so on a connection that is open, as a violation of the protocol: it has no server's to give.
+_BOUNCER_UNAVAILABLE: Final = re.compile("query_wait_timeout|server login has been failing")
+
 # What a server answers, instead of a connection, in words. PostgreSQL's canAcceptConnections() and InitProcess(),
 # PgBouncer's and CockroachDB's sources. Any other answer is None: of these the most are about logins.
 _ANSWERS: Final[Mapping[str, Failure]] = {
@@ -148,6 +151,9 @@ _MYSQL: Final[Mapping[int, Failure]] = {
     2005: Failure.UNAVAILABLE,  # CR_UNKNOWN_HOST
     2012: Failure.UNAVAILABLE,  # CR_SERVER_HANDSHAKE_ERR
 }
+# ER_ERROR_DURING_COMMIT: of Galera's node that was cut off from the others, which may have it or not (wsrep-lib,
+# "transaction.cpp": the provider's error_connection_failed).
+_MYSQL_IN_COMMIT: Final = (1180,)
 _OPTION_PREVENTS_STATEMENT: Final = 1290
 _READ_ONLY_OPTION: Final = re.compile("--[a-z-]*read[-_]only")
 
@@ -182,6 +188,8 @@ def classify(
     failure, lost = _of_sqlalchemy(error)
     if failure is None and (lost if disconnected is None else disconnected):
         failure = Failure.LOST
+    if failure is None and committing and _code_of_mysql(_read(error, "orig") or error) in _MYSQL_IN_COMMIT:
+        return Failure.UNKNOWN
     if failure is Failure.LOST and connected is False:
         return Failure.UNAVAILABLE
     if failure is Failure.LOST and committing:
@@ -218,6 +226,8 @@ def _of_postgresql(error: object) -> Failure | None:
         if type(state) is str:
             if state == "XX000" and _YUGABYTEDB_RETRYABLE.search(_text(error)):
                 return Failure.TRANSIENT
+            if state == "08P01" and _BOUNCER_UNAVAILABLE.search(_text(error)):
+                return Failure.UNAVAILABLE
             return _SQLSTATES.get(state)
     return _of_libpq(_text(error))
 
@@ -230,12 +240,17 @@ def _of_libpq(text: str) -> Failure | None:
     return Failure.UNAVAILABLE if failure is Failure.LOST and _ATTEMPT.search(text) else failure
 
 
-def _of_mysql(error: object) -> Failure | None:
+def _code_of_mysql(error: object) -> int | None:
     code = _read(error, "errno")  # MariaDB Connector/Python; its args hold only the message
     if type(code) is not int:
         arguments = _read(error, "args")
         code = arguments[0] if type(arguments) is tuple and arguments else None
-    if type(code) is not int or (code == _OPTION_PREVENTS_STATEMENT and not _READ_ONLY_OPTION.search(_text(error))):
+    return code if type(code) is int else None
+
+
+def _of_mysql(error: object) -> Failure | None:
+    code = _code_of_mysql(error)
+    if code is None or (code == _OPTION_PREVENTS_STATEMENT and not _READ_ONLY_OPTION.search(_text(error))):
         return None
     return _MYSQL.get(code)
 

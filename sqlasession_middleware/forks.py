@@ -9,10 +9,12 @@ has inherited can neither be used nor say anything.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import platform
+import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import Engine, event
@@ -22,7 +24,18 @@ from .context import Scope, current
 if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
 
-__all__ = ["after_fork", "check_process", "leave_to_parent"]
+Made = TypeVar("Made")
+
+__all__ = ["after_fork", "check_process", "checking", "has_unseen_forks", "leave_to_parent"]
+
+try:
+    importlib.import_module("uwsgi")
+except ImportError:
+    has_unseen_forks = False
+else:  # pragma: no cover
+    #: Whether Python may not be told of forks. uWSGI forks in C, unless it is configured otherwise (its option
+    #: ``py-call-osafterfork``). Only there a process is asked who it is: that is a system call.
+    has_unseen_forks = True
 
 _pid = os.getpid()
 _engines: WeakSet[Engine] = WeakSet()
@@ -32,6 +45,11 @@ _records: WeakSet[ConnectionPoolEntry] = WeakSet()
 _renewals: list[Callable[[], None]] = []
 #: keeps what a child has inherited from being garbage collected
 _inherited: list[Any] = []
+# What runs in a child is not measured: the tests of it are scripts that fork.
+
+#: held, in a child, by the thread that has found out about the fork
+_beginning = threading.Lock()
+_beginner: int | None = None
 
 
 def leave_to_parent(engine: Engine) -> None:
@@ -39,6 +57,9 @@ def leave_to_parent(engine: Engine) -> None:
     if engine not in _engines:
         _engines.add(engine)
         event.listen(engine, "connect", _remember)
+        # What a given engine has connected before lies in its pool, and no public name leads to it.
+        for record in list(getattr(getattr(engine.pool, "_pool", None), "queue", ())):
+            _records.add(record)
 
 
 def after_fork(renew: Callable[[], None]) -> Callable[[], None]:
@@ -47,19 +68,33 @@ def after_fork(renew: Callable[[], None]) -> Callable[[], None]:
     return renew
 
 
-def check_process() -> None:
-    """Find out about a fork that Python was not told of: uWSGI forks in C."""
-    if os.getpid() != _pid:
-        _begin_anew()
+def check_process() -> None:  # pragma: no cover
+    """Find out about a fork that Python was not told of."""
+    if os.getpid() != _pid and _beginner != threading.get_ident():
+        with _beginning:
+            if os.getpid() != _pid:
+                _begin_anew()
+
+
+def checking(make: Callable[..., Made]) -> Callable[..., Made]:
+    """A function that finds out about a fork before it does what ``make`` does."""
+    if not has_unseen_forks:
+        return make
+
+    def checked(*arguments: Any, **options: Any) -> Made:  # pragma: no cover  # in uWSGI
+        check_process()
+        return make(*arguments, **options)
+
+    return checked
 
 
 def _remember(driver_connection: Any, record: ConnectionPoolEntry) -> None:
     _records.add(record)
 
 
-def _begin_anew() -> None:
-    global _pid
-    _pid = os.getpid()
+def _begin_anew() -> None:  # pragma: no cover
+    global _beginner, _pid
+    _beginner = threading.get_ident()
     for renew in _renewals:
         renew()
     for record in list(_records):
@@ -67,11 +102,15 @@ def _begin_anew() -> None:
         if driver_connection is not None:
             _silence(driver_connection)
             # SQLAlchemy's own recipe ("Using Connection Pools with Multiprocessing or os.fork()"): from now on nobody
-            # who lets go of the record, and no garbage collection, has anything to roll back.
+            # who has the connection, or lets go of it, has anything to roll back.
             record.dbapi_connection = None  # type: ignore[misc]  # of a base class with other slots
+            used = getattr(record, "fairy_ref", None)
+            proxy = None if used is None else used()
+            if proxy is not None:
+                proxy.dbapi_connection = None
     _records.clear()
     for engine in list(_engines):
-        _keep(engine.pool)  # A given engine may have made connections before anybody remembered them.
+        _keep(engine.pool)  # Nobody knows what else is in it.
         engine.dispose(close=False)
     # The request that has forked, and those around it: what was in their sessions is the parent's.
     scope: Any = current.get(None)
@@ -80,9 +119,11 @@ def _begin_anew() -> None:
             _keep(scope.session)
             scope.session = None
         scope = scope.token.old_value if hasattr(scope, "token") else None
+    _pid = os.getpid()
+    _beginner = None
 
 
-def _silence(driver_connection: Any) -> None:
+def _silence(driver_connection: Any) -> None:  # pragma: no cover
     """Keep a driver's connection from saying anything to the server, whoever calls it and whenever it is finalized."""
     _keep(driver_connection)
     number = _file_number(driver_connection)
@@ -93,9 +134,10 @@ def _silence(driver_connection: Any) -> None:
         os.close(nothing)
 
 
-def _file_number(driver_connection: Any) -> int | None:
+def _file_number(driver_connection: Any) -> int | None:  # pragma: no cover
     """The descriptor of the socket, where the driver tells it; SQLite has none."""
-    for candidate in (driver_connection, getattr(driver_connection, "_sock", None)):  # PyMySQL's is in _sock.
+    # MariaDB Connector/Python has a socket, and PyMySQL's is its own affair.
+    for candidate in (driver_connection, *(getattr(driver_connection, name, None) for name in ("socket", "_sock"))):
         ask = getattr(candidate, "fileno", None)
         if ask is not None:
             try:
@@ -106,12 +148,18 @@ def _file_number(driver_connection: Any) -> int | None:
     return None
 
 
-def _keep(inherited: Any) -> None:
+def _keep(inherited: Any) -> None:  # pragma: no cover
     """Never finalize an object, not even when the interpreter ends, which clears every list that there is."""
     _inherited.append(inherited)
     if platform.python_implementation() == "CPython":
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 
 
+def _renew_lock_and_begin_anew() -> None:  # pragma: no cover
+    global _beginning
+    _beginning = threading.Lock()
+    _begin_anew()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)
+    os.register_at_fork(after_in_child=_renew_lock_and_begin_anew)

@@ -21,7 +21,7 @@ __all__ = ["Mark", "Marker"]
 KEEP_POSITION = 24 * 60 * 60
 
 # Milliseconds since 1970, and bytes of the log: a position has 64 bits.
-_VALUE = r"=([0-9]{1,16})(?:\.([0-9]{1,20}))?(?:;|$)"
+_VALUE = r"=([0-9]{1,16})(?:\.([0-9]{1,20}))?(?=;|$)"
 
 
 class Mark(NamedTuple):

@@ -29,6 +29,7 @@ from .context import ENDED, RUNNING, WAITING, Scope, current
 from .engines import EngineSource
 from .errors import ConfigurationError, nearest
 from .files import call_with_file_wrapper
+from .forks import checking
 from .marks import Marker
 from .replicas import Replicas, read_replicas
 from .routing import RoutedScope, Routing
@@ -239,8 +240,8 @@ class SQLASessionMiddleware:
         routing = self.routing
         if routing is None:
             session_class = session_class_for([engine.dialect.name], self._session_class)
-            return partial(session_class, bind=engine, **self._session_options)
-        return routing.session_maker(self._session_class, self._session_options)
+            return checking(partial(session_class, bind=engine, **self._session_options))
+        return checking(routing.session_maker(self._session_class, self._session_options))
 
     def init_database(self) -> None:
         """Create the tables that are not there yet, each on the engine that it belongs to. Needs no scope.

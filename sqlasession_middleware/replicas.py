@@ -12,10 +12,9 @@ import random
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 from sqlalchemy import Engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from .drivers import make_read_only, replayed_position
@@ -23,7 +22,7 @@ from .engines import EngineSource, read_source
 from .errors import ConfigurationError
 from .failures import Failure, classify
 from .marks import Mark, Marker
-from .watch import forgotten
+from .watch import forgotten, read_only
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -38,12 +37,10 @@ _OUT_OF_REACH = (Failure.UNAVAILABLE, Failure.LOST)
 CONNECT_TIMEOUT = 3
 _HAVE_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb", "mariadbconnector")
 
-_engines: WeakSet[Engine] = WeakSet()
-
 
 def is_of_replica(bind: Connection | Engine) -> bool:
     """Whether a connection or engine is a replica's, where there is nothing to commit."""
-    return bind.engine in _engines
+    return bind.engine in read_only
 
 
 def read_replicas(replicas: Any, engine_options: Mapping[str, Any] | None) -> list[EngineSource]:
@@ -66,19 +63,19 @@ class Replica:
         self.passed_over_until = 0.0
         # How far it has replayed, and since which connection: a standby that was restarted may have fallen behind.
         self._replayed = 0
-        self._connects = 0
+        #: how many connections were made
+        self.connects = 0
 
     @property
     def engine(self) -> Engine:
         """Its engine, made at first use."""
         if self._engine is None:
             engine = self.source.engine
-            if engine not in _engines:
-                _engines.add(engine)
-                event.listen(engine, "connect", self._note_connect)
-                if not self.source.given:
-                    event.listen(engine, "connect", self._make_read_only)
-                    event.listen(engine, "do_connect", _limit_connecting)
+            read_only.add(engine)
+            event.listen(engine, "connect", self._note_connect)
+            if not self.source.given:
+                event.listen(engine, "connect", self._make_read_only)
+                event.listen(engine, "do_connect", _limit_connecting)
             self._engine = engine
         return self._engine
 
@@ -90,22 +87,19 @@ class Replica:
         if mark.position is not None and self.engine.dialect.name == "postgresql":
             replayed = self._replayed if self._replayed >= mark.position else self._ask()
             if replayed is not None:
-                return replayed >= mark.position
+                return replayed >= mark.position  # It is a standby; after its promotion it would tell nothing.
         return not marker.is_recent(mark)
 
     def _ask(self) -> int | None:
-        connection = self.engine.raw_connection()
-        try:
-            connects = self._connects
-            replayed = replayed_position(connection.dbapi_connection, self.engine.dialect.name)
-        finally:
-            connection.close()
-        if replayed is not None and connects == self._connects:
+        with self.engine.connect() as connection:
+            connects = self.connects
+            replayed = replayed_position(connection)
+        if replayed is not None and connects == self.connects:
             self._replayed = replayed
         return replayed
 
     def _note_connect(self, driver_connection: Any, record: Any) -> None:
-        self._connects += 1
+        self.connects += 1
         self._replayed = 0
 
     def _make_read_only(self, driver_connection: Any, record: Any) -> None:
@@ -147,12 +141,15 @@ class Replicas:
                 try:
                     if mark is not None and not replica.has(mark, self.marker):
                         continue
+                    connects = replica.connects
                     opened.connection(bind_arguments={"bind": replica.engine})
-                except DBAPIError as error:
+                    if mark is not None and connects != replica.connects and not replica.has(mark, self.marker):
+                        continue  # It has been restarted since, and is behind what it had.
+                except SQLAlchemyError as error:
                     if classify(error, connected=False) not in _OUT_OF_REACH:
                         raise
                     forget()
-                    self._pass_over(replica, error)
+                    self._pass_over(replica, getattr(error, "orig", None) or error)
                     continue
             if replica.passed_over_until:
                 replica.passed_over_until = 0.0
@@ -173,12 +170,12 @@ class Replicas:
                 replica.passed_over_until = now + self._retry
                 yield replica
 
-    def _pass_over(self, replica: Replica, error: DBAPIError) -> None:
+    def _pass_over(self, replica: Replica, error: BaseException) -> None:
         known = replica.passed_over_until
         replica.passed_over_until = time.monotonic() + self._retry
         if not known:
             logger.warning(
-                "The replica %r is out of reach, and is tried again after %s s: %s", replica, self._retry, error.orig
+                "The replica %r is out of reach, and is tried again after %s s: %s", replica, self._retry, error
             )
 
 

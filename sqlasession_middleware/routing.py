@@ -172,8 +172,11 @@ class PrimarySession(RequestSession):
 
     def has_something_to_commit(self) -> bool:
         """Whether a commit, if there is one, will most likely have written."""
-        executed = self._executed or ()
-        return self.in_transaction() and (self.has_written or not all(map(is_read, executed)))
+        if not self.in_transaction():
+            return False
+        if self.has_written or self.new or self.dirty or self.deleted:
+            return True
+        return not all(map(is_read, self._executed or ()))
 
     def take_written(self) -> bool:
         """Whether something was written to the primary since the last call."""
@@ -243,6 +246,15 @@ class RoutingSession(PrimarySession):
         if isinstance(scope, RoutedScope) and scope.session is self and self.bind is self.routing.engine_of(None, ""):
             self._route = scope.find_route(replicas)
         return self._route
+
+
+@event.listens_for(PrimarySession, "before_commit")
+def _end_reading(opened: Session) -> None:
+    """End the transactions on replicas first: one that is lost there must not fail a commit that is under way."""
+    if not opened.in_nested_transaction():
+        for connection in open_connections(opened):
+            if is_of_replica(connection) and connection.dialect.name != "sqlite":
+                connection.exec_driver_sql("ROLLBACK")
 
 
 @event.listens_for(PrimarySession, "after_commit")

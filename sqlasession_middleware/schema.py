@@ -24,7 +24,7 @@ _creating = RLock()
 
 
 @after_fork
-def _renew_lock() -> None:
+def _renew_lock() -> None:  # pragma: no cover  # in a child
     global _creating
     _creating = RLock()
 

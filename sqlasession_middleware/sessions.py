@@ -6,6 +6,7 @@ The registry behind it is the scope itself: one slot, no dict to forget a key in
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from threading import RLock
@@ -19,9 +20,9 @@ from sqlalchemy.util import ScopedRegistry
 from .context import ENDED, WAITING, Scope, begin, current
 from .drivers import begin_writing, can_tell_writes, is_aborted
 from .errors import ScopeError, TransactionAborted
-from .forks import after_fork, check_process
+from .forks import after_fork, check_process, has_unseen_forks
 from .statements import is_read
-from .watch import attempts
+from .watch import attempts, read_only
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -37,7 +38,7 @@ _opening = RLock()
 
 
 @after_fork
-def _renew_lock() -> None:
+def _renew_lock() -> None:  # pragma: no cover  # in a child
     global _opening
     _opening = RLock()
 
@@ -73,6 +74,9 @@ def _count_commit(opened: Session) -> None:
     """On whatever engine it was: an attempt that has committed is not repeated."""
     if opened.in_nested_transaction():
         return  # The release of a savepoint commits nothing.
+    held = open_connections(opened)
+    if held and all(connection.engine in read_only for connection in held):
+        return
     for attempt in attempts():
         attempt.commits += 1
 
@@ -160,11 +164,16 @@ class ShellScope(Scope):
     thread's end), and what it holds is given back then.
     """
 
-    __slots__ = ()
+    __slots__ = ("process",)
+
+    #: where it began: another thread's ends in a child of a fork, and its session is not the child's to remove
+    process: int
 
     def __del__(self) -> None:
         try:
-            remove_session(self)
+            check_process()
+            if self.process == os.getpid():
+                remove_session(self)
         except Exception:
             logger.exception("The session of a dropped shell scope could not be closed")
 
@@ -250,7 +259,9 @@ def current_scope() -> Scope:
                 "No application is bound here, so 'session' has no scope:"
                 " run inside a request, or in 'with app.context():'."
             )
-        begin(values := ShellScope(values))
+        values = ShellScope(values)
+        values.process = os.getpid()
+        begin(values)
     if values.state is ENDED:
         raise ScopeError(
             "The request is over, so 'session' has no scope any more:"
@@ -271,7 +282,8 @@ def new_session(**options: Any) -> Session:
 
 def open_session(scope: Scope) -> Session:
     """The session of ``scope``: the open one, or one that is opened now."""
-    check_process()
+    if has_unseen_forks:  # pragma: no cover  # in uWSGI
+        check_process()
     opened = scope.session
     if opened is not None:
         return opened

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sqlalchemy import TextClause
+from sqlalchemy import TextClause, TextualSelect
+from sqlalchemy.orm import FromStatement
 from sqlalchemy.sql import ColumnElement, visitors
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -15,6 +16,7 @@ _READS = re.compile(r"\s*(select|with|show|explain|describe|desc|values|table)\b
 _LOCKS = re.compile(r"\bfor\s+(update|share|no\s+key|key\s+share)\b|\block\s+in\s+share\b|\binto\b", re.IGNORECASE)
 #: PostgreSQL's data-modifying WITH, EXPLAIN ANALYZE, and a second statement in the same text.
 _WRITES = re.compile(r"\b(insert|update|delete|merge|replace|truncate)\b|;\s*\S", re.IGNORECASE)
+_BEGINS_TO_WRITE = re.compile(r"\s*(insert|update|delete|merge|replace|truncate)\b", re.IGNORECASE)
 _MAY_WRAP = re.compile(r"\s*(with|explain|describe|desc)\b|[^;]*;\s*\S", re.IGNORECASE)
 
 # What writes, or locks, when a SELECT calls it. PostgreSQL: "Sequence Manipulation Functions", "Advisory Lock
@@ -28,13 +30,15 @@ _FUNCTIONS = re.compile(
 )
 _CALLS = re.compile(rf"\b({_FUNCTIONS.pattern}\s*\(|next\s+value\s+for\b)", re.IGNORECASE)
 
+_WRAPPERS = (FromStatement, TextualSelect)
+
 
 def is_read(statement: Any) -> bool:
     """Whether a statement, as :meth:`Session.get_bind` is given it, leaves nothing behind, not even a lock.
 
     It goes by the statement itself, and not by what is nested in it or by the functions that it calls.
     """
-    statement = getattr(statement, "element", statement)  # of Select.from_statement()
+    statement = _unwrapped(statement)
     if isinstance(statement, TextClause):
         return _is_read(str(statement))
     return bool(getattr(statement, "is_select", False)) and getattr(statement, "_for_update_arg", None) is None
@@ -48,10 +52,21 @@ def is_read_throughout(statement: Any) -> bool:
     """
     if not is_read(statement):
         return False
-    statement = getattr(statement, "element", statement)
+    statement = _unwrapped(statement)
     if isinstance(statement, TextClause):
         return _CALLS.search(str(statement)) is None
+    # A text before or after the statement, which is no element of it.
+    for words, _ in (*getattr(statement, "_prefixes", ()), *getattr(statement, "_suffixes", ())):
+        if _leaves_something(words):
+            return False
     return not any(map(_leaves_something, visitors.iterate(statement)))
+
+
+def _unwrapped(statement: Any) -> Any:
+    """The statement, or the text, of ``Select.from_statement()`` and ``text().columns()``."""
+    while isinstance(statement, _WRAPPERS):
+        statement = statement.element
+    return statement
 
 
 def _is_read(text: str) -> bool:
@@ -73,7 +88,7 @@ def _leaves_something(element: Any) -> bool:
         isinstance(element, ColumnElement) and getattr(element, "is_literal", False)
     ):
         text = str(element)
-        return _CALLS.search(text) is not None or _LOCKS.search(text) is not None
+        return any(found.search(text) for found in (_CALLS, _LOCKS)) or _BEGINS_TO_WRITE.match(text) is not None
     return False
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "attempts",
     "failure_of",
     "forgotten",
+    "read_only",
     "watch_commits",
     "watch_failures",
     "watch_inner",
@@ -50,6 +51,9 @@ SECOND_PHASE = ("COMMIT PREPARED", "XA COMMIT")
 # Not SQLAlchemy's event.contains(): it knows engines by their id, which another one may have had before.
 _telling_failures: WeakSet[Engine] = WeakSet()
 _telling_commits: WeakSet[Engine] = WeakSet()
+
+#: Engines that nothing is written to: their commits are none.
+read_only: WeakSet[Engine] = WeakSet()
 
 
 class Noted(NamedTuple):
@@ -99,7 +103,7 @@ def watch_commits(owner: Any) -> None:
     repeated, which is what the count is for.
     """
     for engine in _engines_of(owner):
-        if engine not in _telling_commits:
+        if engine not in _telling_commits and engine not in read_only:
             event.listen(engine, "begin", _count_autocommit)
             event.listen(engine, "commit", _count_commit)
             event.listen(engine, "commit_twophase", _count_commit_twophase)

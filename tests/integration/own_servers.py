@@ -179,6 +179,7 @@ class OwnMariaDB(OwnServer):
             program("mariadb-install-db", "/usr/bin"),
             "--no-defaults",
             f"--datadir={self.data}",
+            f"--tmpdir={self.folder}",
             "--auth-root-authentication-method=normal",
             "--skip-test-db",
         )
@@ -197,7 +198,7 @@ class OwnMariaDB(OwnServer):
         return [
             *(self.mariadbd, "--no-defaults", f"--datadir={self.data}", f"--port={self.port}"),
             *("--bind-address=127.0.0.1", f"--socket={self.folder}/socket", f"--pid-file={self.folder}/pid"),
-            "--skip-name-resolve",
+            *("--skip-name-resolve", f"--tmpdir={self.folder}"),
         ]
 
 
