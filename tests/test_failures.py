@@ -87,6 +87,30 @@ def test_mysql_code(code, failure):
     assert_all_ways(fake("mariadb", "words", errno=int(code)), failure)
 
 
+@pytest.mark.parametrize("module", ["pymysql.err", "MySQLdb", "mariadb"])
+def test_commit_of_a_node_that_was_cut_off(module):
+    """Galera's others may have it. Anywhere else than in COMMIT the number says nothing of this."""
+    error = fake(module, 1180, "Error while appending streaming replication fragment", errno=1180)
+    for each in (error, wrapped(error)):
+        assert classify(each) is None
+        assert classify(each, committing=True) is UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("words", "failure"),
+    [
+        ("query_wait_timeout", UNAVAILABLE),
+        ("server login has been failing, try again later (server_login_retry)", UNAVAILABLE),
+        ("invalid message format", None),
+    ],
+)
+def test_bouncer_without_a_server(words, failure):
+    """PgBouncer says so on a connection that is open, and then closes it: to repeat at once would wait again."""
+    for error in (fake("psycopg.errors", words, sqlstate="08P01"), fake("psycopg2.errors", words, pgcode="08P01")):
+        assert classify(error) is failure
+        assert classify(error, disconnected=True) is (failure or LOST)
+
+
 @pytest.mark.parametrize(("code", "failure"), spread(SQLITE_CODES))
 def test_sqlite_code(code, failure):
     assert_all_ways(fake("sqlite3", "words", sqlite_errorcode=int(code)), failure)
