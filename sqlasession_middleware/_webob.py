@@ -5,6 +5,6 @@ import warnings
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "'cgi' is deprecated", DeprecationWarning)
     from webob import Request
-    from webob.exc import HTTPInternalServerError, HTTPServiceUnavailable
+    from webob.exc import HTTPInternalServerError, HTTPNotFound, HTTPServiceUnavailable
 
-__all__ = ["HTTPInternalServerError", "HTTPServiceUnavailable", "Request"]
+__all__ = ["HTTPInternalServerError", "HTTPNotFound", "HTTPServiceUnavailable", "Request"]

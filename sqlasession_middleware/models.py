@@ -1,0 +1,89 @@
+"""Models that know the global ``session``: a base class, and mixins for any other one.
+
+.. code-block:: python
+
+    class Guest(SavesItself, Model):
+        __tablename__ = "guest"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        name: Mapped[str]
+
+    with app.context():
+        Guest(name="Ada")
+        session.commit()
+        ada = Guest.query.filter_by(name="Ada").one()
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+from sqlalchemy import Select, event, select
+from sqlalchemy.orm import DeclarativeBase, QueryPropertyDescriptor, object_session
+
+from .errors import ScopeError
+from .schema import metadata
+from .sessions import session
+
+__all__ = ["Model", "Queries", "SavesItself"]
+
+
+class Queries:
+    """A mixin for mapped classes, however they are mapped: the class can be asked for its rows."""
+
+    #: A :class:`~sqlalchemy.orm.Query` of the class on the current session, as in Werkzeug's pattern. SQLAlchemy calls
+    #: it legacy; :meth:`select` is today's.
+    query: ClassVar[QueryPropertyDescriptor] = session.query_property()
+
+    @classmethod
+    def select(cls) -> Select[tuple[Self]]:
+        """``select(cls)``, for ``session.scalars()``."""
+        return select(cls)
+
+    @classmethod
+    def get(cls, ident: Any, **options: Any) -> Self | None:
+        """The object with a primary key, from the current session.
+
+        :param ident: the key, a tuple or dict where it has several columns.
+        :param options: of :meth:`sqlalchemy.orm.Session.get`.
+        :raises ScopeError: outside of a scope.
+        """
+        return session.get(cls, ident, **options)
+
+
+class SavesItself:
+    """A mixin for mapped classes whose new objects are in the session of the scope that they are made in.
+
+    It comes before the declarative base: ``class Guest(SavesItself, Model)``. With
+    :class:`~sqlalchemy.orm.MappedAsDataclass` it works by ``__post_init__``, which a class with one of its own calls by
+    ``super()``. Outside of a scope, and for objects that are loaded, nothing happens. What was made is written at the
+    next flush, and stays if the transaction is committed.
+    """
+
+    def __init__(self, *arguments: Any, **values: Any) -> None:
+        super().__init__(*arguments, **values)
+        _save(self)
+
+    def __post_init__(self) -> None:
+        _save(self)
+
+
+class Model(Queries, DeclarativeBase):
+    """A declarative base on the shared :data:`~sqlasession_middleware.metadata`."""
+
+    metadata = metadata
+
+
+def _save(made: object) -> None:
+    try:
+        opened = session()
+    except ScopeError:
+        return
+    opened.add(made)
+
+
+@event.listens_for(SavesItself, "init_failure", propagate=True)
+def _forget(made: SavesItself, arguments: Any, values: Any) -> None:
+    """An object whose constructor has failed, after it was saved, is none."""
+    opened = object_session(made)
+    if opened is not None:
+        opened.expunge(made)

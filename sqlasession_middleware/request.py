@@ -1,0 +1,124 @@
+"""A WebOb request that knows its session.
+
+.. code-block:: python
+
+    @wsgify(RequestClass=Request)
+    def show(request):
+        guest = request.get_or_404(Guest, request.GET.get("id"))
+        return Response(guest.name)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from uuid import UUID
+
+from sqlalchemy import BigInteger, Integer, SmallInteger, Uuid, inspect
+from sqlalchemy.orm import Session
+from sqlalchemy.types import TypeEngine
+
+from ._webob import HTTPNotFound
+from ._webob import Request as WebObRequest
+from .binds import find_bind_key
+from .context import application
+from .sessions import session
+
+if TYPE_CHECKING:
+    from sqlalchemy import Select
+
+    from .middleware import SQLASessionMiddleware
+
+__all__ = ["DatabaseRequest", "Request"]
+
+Entity = TypeVar("Entity")
+
+
+class DatabaseRequest:
+    """A mixin for requests that are made from an environ, as WebOb's and Pyramid's are."""
+
+    environ: dict[str, Any]
+
+    @property
+    def dbsession(self) -> Session:
+        """The scope's Session, by the name that Pyramid's cookiecutters gave it. Opened at first use.
+
+        :raises ScopeError: outside of a scope.
+        """
+        return session()
+
+    @property
+    def application(self) -> SQLASessionMiddleware:
+        """The middleware that owns the scope.
+
+        :raises RuntimeError: outside of a scope.
+        """
+        return cast("SQLASessionMiddleware", application._get_current_object())  # type: ignore[attr-defined]
+
+    @property
+    def attempt(self) -> int:
+        """The number of the attempt at this request, from 1; see :doc:`transactions`."""
+        return int(self.environ.get("sqlasession.attempt", 1))
+
+    def get_or_404(self, entity: type[Entity], ident: Any, **options: Any) -> Entity:
+        """The object with a primary key.
+
+        :param ident: the key. A text, as it comes from a URL, may stand for a whole number or a UUID; None, and what
+            cannot be a key, is not found, and the database is not asked for it.
+        :param options: of :meth:`sqlalchemy.orm.Session.get`.
+        :raises webob.exc.HTTPNotFound: if there is none.
+        """
+        owner = self.application
+        routing = getattr(owner, "routing", None)
+        engine = owner.database_engine
+        if routing is not None:
+            engine = routing.engine_of(find_bind_key(entity, None), f"{entity.__name__}")
+        columns = inspect(entity).primary_key
+        parts = ident if isinstance(ident, tuple | list) else (ident,)
+        try:
+            dialect = engine.dialect.name
+            key = tuple(_read(part, column.type, dialect) for part, column in zip(parts, columns, strict=True))
+        except ValueError:
+            found = None
+        else:
+            found = self.dbsession.get(entity, key, **options)
+        if found is None:
+            raise HTTPNotFound(f"There is no {entity.__name__.lower()} of that key.")
+        return found
+
+    def one_or_404(self, statement: Select[tuple[Entity]]) -> Entity:
+        """The only result of a statement.
+
+        :raises webob.exc.HTTPNotFound: if there is none.
+        :raises sqlalchemy.exc.MultipleResultsFound: if there are several: that is no matter of the client's.
+        """
+        found = cast("Entity | None", self.dbsession.scalars(statement).unique().one_or_none())
+        if found is None:
+            raise HTTPNotFound("There is nothing of that kind.")
+        return found
+
+
+class Request(DatabaseRequest, WebObRequest):
+    """WebOb's request, with the mixin."""
+
+
+#: How many bits a server's integers have beside the sign; SQLite's have 63 whatever they are called.
+_BITS: Sequence[tuple[type[Any], int]] = ((SmallInteger, 15), (BigInteger, 63), (Integer, 31))
+
+
+def _read(part: Any, kind: TypeEngine[Any], dialect: str) -> Any:
+    """A part of a key, as its column has it.
+
+    :raises ValueError: if no row can have it: some databases would fail the transaction for the question.
+    """
+    if part is None:
+        raise ValueError
+    if isinstance(kind, Integer):
+        number = int(part)
+        bits = 63 if dialect == "sqlite" else next(bits for integer, bits in _BITS if isinstance(kind, integer))
+        if not -(1 << bits) <= number < 1 << bits:
+            raise ValueError
+        return number
+    if isinstance(kind, Uuid) and kind.as_uuid and isinstance(part, str):
+        return UUID(part)
+    return part

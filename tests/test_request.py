@@ -1,0 +1,153 @@
+"""WebOb's request, with the session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import BigInteger, MetaData, SmallInteger, String, select, text
+from sqlalchemy.exc import MultipleResultsFound
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from webob import Response
+from webob.dec import wsgify
+from webob.exc import HTTPNotFound
+
+from sqlasession_middleware import SQLASessionMiddleware, session
+from sqlasession_middleware.errors import ScopeError
+from sqlasession_middleware.request import DatabaseRequest, Request
+
+metadata = MetaData()
+
+
+class Base(DeclarativeBase):
+    metadata = metadata
+
+
+class Guest(Base):
+    __tablename__ = "request_guest"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(20))
+
+
+class Wide(Base):
+    __tablename__ = "request_wide"
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    part: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+
+
+class Named(Base):
+    __tablename__ = "request_named"
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+
+
+class Coded(Base):
+    __tablename__ = "request_coded"
+    id: Mapped[str] = mapped_column(String(20), primary_key=True)
+
+
+KNOWN = uuid4()
+
+
+@pytest.fixture
+def app(database_url: str) -> Iterator[SQLASessionMiddleware]:
+    @wsgify(RequestClass=Request)
+    def serve(request: Request) -> Response:
+        assert request.dbsession is session()
+        assert request.application is app
+        return Response(f"{request.attempt} {request.get_or_404(Guest, request.GET.get('id')).name}")
+
+    app = SQLASessionMiddleware(serve, database_url, metadata=metadata, transaction=True)
+    app.drop_database()
+    app.init_database()
+    with app.context():
+        session.add_all([Guest(id=1, name="Ada"), Wide(id=2**40, part=7), Named(id=KNOWN), Coded(id="x")])
+        session.commit()
+    yield app
+    app.drop_database()
+    app.dispose()
+
+
+@pytest.mark.parametrize(("query", "status", "body"), [
+    ("id=1", 200, "1 Ada"), ("id=2", 404, "There is no guest of that key."), ("", 404, "There is no guest"),
+    ("id=x", 404, "There is no guest"), ("id=99999999999999999999", 404, "There is no guest"),
+])  # fmt: skip
+def test_request(app, query, status, body):
+    response = Request.blank(f"/?{query}").get_response(app)
+    assert response.status_int == status
+    assert body in response.text
+
+
+#: Keys of rows that are there, and keys that are none, of which some databases would fail the transaction.
+FOUND = [(Guest, 1), (Guest, "1"), (Guest, (1,)), (Wide, (2**40, 7)), (Wide, [str(2**40), "7"]), (Named, KNOWN),
+         (Named, str(KNOWN)), (Coded, "x")]  # fmt: skip
+LOST = [(Guest, None), (Guest, ""), (Guest, "1.5"), (Guest, "one"), (Guest, 2**31), (Guest, -(2**63) - 1),
+        (Wide, (2**64, 7)), (Wide, (1, 2**15)), (Wide, (1,)), (Wide, (2**40, None)), (Named, "x"), (Named, uuid4()),
+        (Coded, "y"), (Coded, None)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("entity", "ident"), FOUND)
+def test_get_or_404_finds(app, entity, ident):
+    with app.context():
+        assert isinstance(Request.blank("/").get_or_404(entity, ident), entity)
+
+
+@pytest.mark.parametrize(("entity", "ident"), LOST)
+def test_get_or_404_does_not_find(app, entity, ident):
+    with app.context():
+        with pytest.raises(HTTPNotFound):
+            Request.blank("/").get_or_404(entity, ident)
+        assert session.scalar(text("SELECT 1")) == 1  # The transaction has not failed.
+
+
+def test_one_or_404(app):
+    request = Request.blank("/")
+    with app.context():
+        assert request.one_or_404(select(Guest).where(Guest.name == "Ada")).id == 1
+        with pytest.raises(HTTPNotFound):
+            request.one_or_404(select(Guest).where(Guest.name == "Grace"))
+        session.add(Guest(id=2, name="Ada"))
+        with pytest.raises(MultipleResultsFound):
+            request.one_or_404(select(Guest).where(Guest.name == "Ada"))
+
+
+def test_outside_of_a_scope():
+    request = Request.blank("/")
+    with pytest.raises(ScopeError):
+        _ = request.dbsession
+    with pytest.raises(RuntimeError, match="No application is bound"):
+        _ = request.application
+    assert request.attempt == 1
+
+
+def test_key_of_another_bind(tmp_path):
+    """It is read as that bind's database has it, and the question moves nobody to the primary."""
+    stored = MetaData(info={"bind_key": "far"})
+
+    class Far(DeclarativeBase):
+        metadata = stored
+
+    class Star(Far):
+        __tablename__ = "star"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    app = SQLASessionMiddleware(
+        lambda environ, start: [], "postgresql+psycopg://nowhere/shop", metadata=stored,
+        binds={"far": f"sqlite:///{tmp_path}/far.db"}, replicas=["postgresql+psycopg://nowhere/shop"],
+    )  # fmt: skip
+    app.init_database()
+    with app.context():
+        session.add(Star(id=2**40))
+        session.commit()
+        assert Request.blank("/").get_or_404(Star, str(2**40)).id == 2**40
+    app.dispose()
+
+
+def test_mixin_with_another_request(app):
+    class Mine(DatabaseRequest):
+        def __init__(self, environ: dict[str, object]) -> None:
+            self.environ = environ
+
+    with app.context():
+        assert Mine({"sqlasession.attempt": 3}).attempt == 3
+        assert Mine({}).dbsession is session()
