@@ -70,6 +70,7 @@ class SavesItself:
 class Model(Queries, DeclarativeBase):
     """A declarative base on the shared :data:`~sqlasession_middleware.metadata`."""
 
+    #: the tables of every application that was not given a metadata of its own
     metadata = metadata
 
 
