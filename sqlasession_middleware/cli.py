@@ -2,29 +2,39 @@
 
 .. code-block:: console
 
+    $ sqlasession create development.ini
+    $ sqlasession serve development.ini --port 8080
+    $ sqlasession shell development.ini
     $ sqlasession check production.ini --processes 4 --threads 8
+    $ sqlasession drop development.ini
+
+INI is a PasteDeploy file; ``#NAME`` behind it picks an application of it other than ``main``. Each command exits with 0
+if it did what it says, with 1 if it did not, and with 2 if the ini or an option cannot be used. What went wrong is
+written to the standard error output, behind ``error:``.
 """
 
 from __future__ import annotations
 
+import code
 import configparser
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Engine, text
 
 from .capacity import Capacity, ServerLimit, aligned, ask_limit, server_of
 from .engines import without_secrets
+from .sessions import session
 
 if TYPE_CHECKING:
     from .middleware import SQLASessionMiddleware
 
 try:
     import click
-    from paste.deploy import loadapp  # type: ignore[import-untyped]
+    from paste.deploy import loadapp
 except ImportError as missing:  # pragma: no cover  # in a process of its own
     sys.exit(f"sqlasession needs {missing.name}: pip install 'sqlasession_middleware[cli]'")
 
@@ -37,7 +47,10 @@ WAITRESS_THREADS = 4
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sqlasession_middleware")
 def main() -> None:
-    """Look after the databases of a WSGI application that an ini file describes."""
+    """Look after the databases of the WSGI applications that an ini file describes.
+
+    INI is a PasteDeploy file; #NAME picks an application of it other than "main".
+    """
 
 
 @main.command()
@@ -47,17 +60,14 @@ def main() -> None:
 def check(ini: str, processes: int | None, threads: int | None) -> None:
     """Ping every engine, and compare what a deployment can open with what the servers admit.
 
-    INI is a PasteDeploy file; #NAME picks an application of it other than "main". Processes and threads are those of
-    its [server:main], unless they are given.
-
-    Exits with 0 if all is well, 1 if an engine does not answer or a server admits too few connections, and 2 if the
-    ini cannot be used.
+    Processes and threads are those of the ini's [server:main], unless they are given. Exits with 1 if an engine does
+    not answer, or if a server admits too few connections.
     """
-    path, _, name = ini.partition("#")
+    path, name = _split(ini)
     found = _server_settings(path)
     processes = processes or found["processes"]
     threads = threads or found["threads"]
-    applications = _load(path, name)
+    _, applications = _load(path, name)
     click.echo(f"{path}: {_count(processes, 'process', 'processes')} of {_count(threads, 'thread', 'threads')}")
     needed: dict[str, int] = {}
     limits: dict[str, ServerLimit | None] = {}
@@ -78,7 +88,6 @@ def check(ini: str, processes: int | None, threads: int | None) -> None:
         if len(applications) > 1:
             click.echo(f"\napplication {number} of {len(applications)}: {application!r}")
         click.echo("\n".join(aligned([(*Capacity.TITLES, "ping"), *rows])))
-        application.dispose()
     for server, count in needed.items():
         troubles += _compare(server, count, limits[server])
     for trouble in troubles:
@@ -86,35 +95,158 @@ def check(ini: str, processes: int | None, threads: int | None) -> None:
     sys.exit(1 if troubles else 0)
 
 
-def _load(path: str, name: str) -> list[SQLASessionMiddleware]:
+@main.command()
+@click.argument("ini", metavar="INI[#NAME]")
+def create(ini: str) -> None:
+    """Create the tables that are not there yet, of every application with a database."""
+    _, applications = _load(*_split(ini))
+    for application in applications:
+        click.echo(f"creating {_tables(application)} of {application!r} …")
+        _try(application.init_database, application)
+    click.echo("done")
+
+
+@main.command()
+@click.argument("ini", metavar="INI[#NAME]")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def drop(ini: str, yes: bool) -> None:
+    """Drop all tables, with everything in them, of every application with a database."""
+    _, applications = _load(*_split(ini))
+    if not yes and not all(click.confirm(f"Drop {_tables(each)} of {each!r}?") for each in applications):
+        _fail("nothing was dropped.")
+    for application in applications:
+        click.echo(f"dropping {_tables(application)} of {application!r} …")
+        _try(application.drop_database, application)
+    click.echo("done")
+
+
+@main.command()
+@click.argument("ini", metavar="INI[#NAME]")
+@click.option("--commit", is_flag=True, help="Commit on exit what was not committed; otherwise it is rolled back.")
+def shell(ini: str, commit: bool) -> None:
+    """Open a Python shell in the scope of an application.
+
+    It has the session, the application, its metadata and all mapped classes ready. It is IPython's, where that is
+    installed.
+    """
+    _, applications = _load(*_split(ini))
+    if len(applications) > 1:
+        _refuse(f"{ini} has {len(applications)} applications with a database: pick one by its name, {ini}#NAME.")
+    (application,) = applications
+    names = {**_mapped_classes(), "session": session, "application": application, "metadata": application.metadata}
+    with application.context():
+        _interact(f"{application!r}: {', '.join(sorted(names))}", names)
+        if session.registry.has() and session().in_transaction():
+            if commit:
+                _try(session.commit, application)
+            click.echo("what was not committed is " + ("committed" if commit else "rolled back"))
+
+
+@main.command()
+@click.argument("ini", metavar="INI[#NAME]")
+@click.option("--host", help="The address to listen on; 127.0.0.1 unless [server:main] has another one.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="8080 unless [server:main] has another one; 0 is a free one."
+)
+@click.option("--threads", type=click.IntRange(1), help="4 unless [server:main] has another number.")
+def serve(ini: str, host: str | None, port: int | None, threads: int | None) -> None:
+    """Serve an application with waitress, until Ctrl-C."""
+    path, name = _split(ini)
+    settings = _section(path, "server:main")
+    app, _ = _load(path, name)
+    try:
+        from waitress.server import create_server  # Not before somebody serves: the other commands do without it.
+    except ImportError:
+        _fail("waitress is not installed: pip install waitress")
+    try:
+        server = create_server(
+            app,
+            host=host or settings.get("host", "127.0.0.1"),
+            port=settings.get("port", 8080) if port is None else port,
+            threads=threads or _first_number(settings, ("threads",), WAITRESS_THREADS),
+        )
+    except (OSError, ValueError) as error:
+        _fail(f"waitress cannot listen: {error}")
+    click.echo(f"serving on http://{server.effective_host}:{server.effective_port}/")
+    server.run()
+
+
+def _split(ini: str) -> tuple[str, str]:
+    path, _, name = ini.partition("#")
+    return path, name
+
+
+def _tables(application: SQLASessionMiddleware) -> str:
+    return _count(len(application.metadata.tables), "table", "tables")
+
+
+def _mapped_classes() -> dict[str, Any]:
+    """The mapped classes of all modules, by their names."""
+    found = {}
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if isinstance(value, type) and "__mapper__" in vars(value):
+                found[name] = value
+    return found
+
+
+def _interact(banner: str, names: dict[str, Any]) -> None:
+    try:
+        from IPython import start_ipython
+    except ImportError:
+        code.interact(banner, local=names, exitmsg="")
+    else:  # pragma: no cover  # where it is installed
+        click.echo(banner)
+        start_ipython(argv=["--no-banner", "--no-confirm-exit"], user_ns=names)
+
+
+def _try(action: Callable[[], object], application: SQLASessionMiddleware) -> None:
+    try:
+        action()
+    except Exception as error:
+        _fail(_said(error, application.engine))
+
+
+def _said(error: BaseException, engine: Engine) -> str:
+    """What an error of a database says, on one line."""
+    return without_secrets(" ".join(str(getattr(error, "orig", None) or error).split()), engine.url, {})
+
+
+def _load(path: str, name: str) -> tuple[Any, list[SQLASessionMiddleware]]:
     from .paste import collected  # Not before somebody loads an application: it would make "--help" slow.
 
     if not os.path.isfile(path):
         _refuse(f"there is no file {path!r}.")
     with collected() as applications:
         try:
-            loadapp(f"config:{os.path.abspath(path)}", name=name or None)
+            app = loadapp(f"config:{os.path.abspath(path)}", name=name or None)
         except Exception as error:
             _refuse(f"{path}{'#' * bool(name)}{name} cannot be loaded: {type(error).__name__}: {error}")
     if not applications:
         _refuse(f"no 'use = egg:sqlasession_middleware' is part of {path}{'#' * bool(name)}{name}.")
-    return applications
+    for application in applications:
+        click.get_current_context().call_on_close(application.dispose)
+    return app, applications
 
 
 def _server_settings(path: str) -> Mapping[str, int]:
     """The processes and threads of an ini's [server:main], by the names that servers have for them."""
-    parser = configparser.RawConfigParser(strict=False)
-    try:
-        parser.read(path)
-    except configparser.Error as error:
-        _refuse(f"{path} is no ini file: {error}")
-    section: Mapping[str, str] = parser["server:main"] if parser.has_section("server:main") else {}
+    section = _section(path, "server:main")
     waitress = "waitress" in section.get("use", "")
     return {
         "processes": _first_number(section, ("workers", "processes"), 1),
         "threads": _first_number(section, ("threads", "worker_connections", "threadpool_workers", "numthreads"),
                                  WAITRESS_THREADS if waitress else 1),
     }  # fmt: skip
+
+
+def _section(path: str, name: str) -> Mapping[str, str]:
+    parser = configparser.RawConfigParser(strict=False)
+    try:
+        parser.read(path)
+    except (configparser.Error, UnicodeError) as error:
+        _refuse(f"{path} is no ini file: {error}")
+    return parser[name] if parser.has_section(name) else {}
 
 
 def _first_number(section: Mapping[str, str], names: Iterable[str], default: int) -> int:
@@ -134,8 +266,7 @@ def _ping(engine: Engine) -> tuple[str, ServerLimit | None, str | None]:
             answer = f"{(time.perf_counter() - began) * 1000:.1f} ms"
             return answer, ask_limit(connection), None
     except Exception as error:
-        problem = " ".join(str(getattr(error, "orig", None) or error).split())
-        return "no answer", None, without_secrets(problem, engine.url, {})
+        return "no answer", None, _said(error, engine)
 
 
 def _compare(server: str, needed: int, limit: ServerLimit | None) -> list[str]:
@@ -153,6 +284,11 @@ def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
 
-def _refuse(problem: str) -> Any:
+def _fail(problem: str) -> NoReturn:
+    click.echo(f"error: {problem}", err=True)
+    sys.exit(1)
+
+
+def _refuse(problem: str) -> NoReturn:
     click.echo(f"error: {problem}", err=True)
     sys.exit(2)

@@ -1,0 +1,294 @@
+"""The command: exit codes and messages that a script can rely on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from sqlalchemy import create_engine, inspect, make_url, text
+
+from sqlasession_middleware.capacity import server_of
+from sqlasession_middleware.cli import main
+
+from .integration.servers import PATIENCE
+
+
+@pytest.fixture
+def ini(tmp_path):
+    """Writes an ini file: settings of the middleware, and what else is to be in it."""
+
+    def write(settings: dict[str, object], more: str = "") -> str:
+        path = tmp_path / "shop.ini"
+        lines = [f"{key} = {value}" for key, value in settings.items()]
+        path.write_text(
+            "[app:shop]\npaste.app_factory = tests.paste_apps:guest_book\n\n[filter-app:main]\n"
+            "paste.filter_app_factory = sqlasession_middleware.paste:main\nnext = shop\n"
+            + "\n".join(lines)
+            + "\n"
+            + more
+        )
+        return str(path)
+
+    return write
+
+
+def command(*arguments: str, said: str = "") -> Result:
+    return CliRunner().invoke(main, list(arguments), input=said)
+
+
+def check(*arguments: str) -> Result:
+    return command("check", *arguments)
+
+
+def test_check(ini, tmp_path):
+    done = check(ini({"sqlalchemy.url": "sqlite:///shop.db", "sqlalchemy.binds.audit.url": "sqlite://"}))
+    assert done.exit_code == 0, done.output
+    head, titles, default, audit = done.stdout.splitlines()
+    assert head == f"{tmp_path}/shop.ini: 1 process of 1 thread"
+    assert titles.split() == ["engine", "server", "each", "process", "in", "all", "waiting", "threads", "ping"]
+    assert default.split()[:2] == ["default", f"sqlite:///{tmp_path}/shop.db"]
+    assert default.endswith(" ms")
+    assert audit.startswith("audit")
+
+
+def test_check_compares_with_what_the_server_admits(ini, server_url):
+    engine = create_engine(server_url)
+    with engine.connect() as connection:
+        asked = "SHOW max_connections" if engine.dialect.name == "postgresql" else "SELECT @@max_connections"
+        admitted = int(connection.execute(text(asked)).scalar_one())
+    engine.dispose()
+    url = make_url(server_url).render_as_string(hide_password=False).replace("%", "%%")
+    path = ini({"sqlalchemy.url": url, "sqlalchemy.pool_size": 4, "sqlalchemy.max_overflow": 0,
+                "sqlalchemy.binds.same.url": url, "sqlalchemy.binds.same.pool_size": 1,
+                "sqlalchemy.binds.same.max_overflow": 0})  # fmt: skip
+    assert check(path, "--processes", "2").exit_code == 0
+    assert f"up to 10 connections; max_connections is {admitted}" in check(path, "--processes", "2").stdout
+    too_many = check(path, "--processes", str(admitted))
+    assert too_many.exit_code == 1
+    assert f"error: {server_of(engine)}: up to {5 * admitted} connections" in too_many.stderr
+
+
+def test_check_of_what_is_out_of_reach(ini):
+    path = ini({
+        "sqlalchemy.url": "sqlite://",
+        "sqlalchemy.replicas": "postgresql+psycopg://shop:secret@127.0.0.1:1/shop?sslpassword=secret",
+        "sqlalchemy.binds.audit.url": "mariadb+pymysql://shop:secret@127.0.0.1:1/shop",
+    })  # fmt: skip
+    done = check(path)
+    assert done.exit_code == 1
+    assert done.stdout.count("no answer") == 2
+    assert "error: replicas[0] (postgresql+psycopg://127.0.0.1:1/shop) does not answer: " in done.stderr
+    assert "error: audit (mariadb+pymysql://127.0.0.1:1/shop) does not answer: " in done.stderr
+    assert "secret" not in done.output
+
+
+#: The [server:main] of an ini, options of the command, and what it takes from them.
+SERVERS = {
+    "waitress": ("use = egg:waitress#main\nthreads = 7", [], "1 process of 7 threads"),
+    "waitress by default": ("use = egg:waitress#main", [], "1 process of 4 threads"),
+    "gunicorn": ("use = egg:gunicorn#main\nworkers = 3\nthreads = 2", [], "3 processes of 2 threads"),
+    "options first": (
+        "use = egg:gunicorn#main\nworkers = 3",
+        ["--processes", "5", "--threads", "1"],
+        "5 processes of 1 t",
+    ),
+    "not a number": ("use = egg:gunicorn#main\nworkers = %(many)s", [], "1 process of 1 thread"),
+}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_check_takes_processes_and_threads_from_the_ini(ini, name):
+    server, options, said = SERVERS[name]
+    done = check(ini({"sqlalchemy.url": "sqlite://"}, f"\n[server:main]\n{server}\n"), *options)
+    assert done.exit_code == 0, done.output
+    assert said in done.stdout
+
+
+def test_check_of_several_applications_and_of_one_by_name(ini):
+    more = (
+        "\n[filter-app:other]\npaste.filter_app_factory = sqlasession_middleware.paste:main\nnext = shop\n"
+        "sqlalchemy.url = sqlite://\n\n[composite:both]\nuse = egg:Paste#urlmap\n/ = main\n/other = other\n"
+    )
+    path = ini({"sqlalchemy.url": "sqlite:///shop.db"}, more)
+    both = check(f"{path}#both")
+    assert both.exit_code == 0, both.output
+    assert "application 1 of 2: <SQLASessionMiddleware of" in both.stdout
+    assert "shop.db" in both.stdout
+    assert "shop.db" not in check(f"{path}#other").stdout
+
+
+#: What cannot be checked, and what is said of it.
+REFUSED = {
+    "no file": (lambda ini: "/nowhere/shop.ini", "error: there is no file '/nowhere/shop.ini'."),
+    "no ini": (lambda ini: __file__, f"error: {__file__} is no ini file: "),
+    "no such application": (
+        lambda ini: ini({"sqlalchemy.url": "sqlite://"}) + "#lost",
+        "cannot be loaded: LookupError",
+    ),
+    "wrong setting": (
+        lambda ini: ini({"sqlalchemy.ulr": "sqlite://"}),
+        "cannot be loaded: ConfigurationError: 'sqlalc",
+    ),
+    "no middleware": (
+        lambda ini: ini({"sqlalchemy.url": "sqlite://"}) + "#shop",
+        "error: no 'use = egg:sqlasession_mid",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_check_refuses(ini, name):
+    path, said = REFUSED[name]
+    done = check(path(ini))
+    assert done.exit_code == 2
+    assert said in done.stderr
+
+
+def test_command_is_installed():
+    installed = Path(sys.executable).parent / "sqlasession"
+    done = subprocess.run([installed, "check", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Ping every engine" in done.stdout
+
+
+def test_command_without_what_it_needs():
+    script = "import sys; sys.modules['click'] = None; import sqlasession_middleware.cli"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "sqlasession needs click: pip install 'sqlasession_middleware[cli]'"
+
+
+SETTINGS = {"sqlalchemy.url": "sqlite:///shop.db", "metadata": "tests.paste_apps:metadata"}
+
+
+def tables(tmp_path: Path) -> list[str]:
+    engine = create_engine(f"sqlite:///{tmp_path}/shop.db")
+    names = inspect(engine).get_table_names()
+    engine.dispose()
+    return names
+
+
+def test_create_and_drop(ini, tmp_path):
+    path = ini(SETTINGS)
+    done = command("create", path)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("creating 1 table of <SQLASessionMiddleware of")
+    assert done.stdout.endswith("done\n")
+    assert tables(tmp_path) == ["guests"]
+    assert command("create", path).exit_code == 0
+    refused = command("drop", path, said="n\n")
+    assert (refused.exit_code, refused.stderr) == (1, "error: nothing was dropped.\n")
+    assert tables(tmp_path) == ["guests"]
+    assert command("drop", path, said="y\n").exit_code == 0
+    assert tables(tmp_path) == []
+    assert command("create", path).exit_code == command("drop", path, "--yes").exit_code == 0
+    assert tables(tmp_path) == []
+
+
+def test_drop_asks_and_nobody_answers(ini, tmp_path):
+    path = ini(SETTINGS)
+    command("create", path)
+    assert command("drop", path).exit_code == 1
+    assert tables(tmp_path) == ["guests"]
+
+
+@pytest.mark.parametrize("name", ["create", "drop"])
+def test_database_is_out_of_reach(ini, name):
+    url = "postgresql+psycopg://shop:secret@127.0.0.1:1/shop"
+    done = command(name, ini({**SETTINGS, "sqlalchemy.url": url}), *(["--yes"] if name == "drop" else []))
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: connection ")
+    assert "secret" not in done.output
+
+
+ADD = "session.execute(guests.insert().values(name='Ada'))\n"
+COUNT = "print('guests:', session.scalar(text('SELECT count(*) FROM guests')))\n"
+IMPORT = "from tests.paste_apps import guests\nfrom sqlalchemy import text\n"
+
+
+def test_shell(ini):
+    path = ini(SETTINGS)
+    command("create", path)
+    done = command("shell", path, said=f"{IMPORT}{ADD}{COUNT}application\nsorted(metadata.tables)\n")
+    assert done.exit_code == 0, done.output
+    assert "guests: 1" in done.stdout
+    assert "<SQLASessionMiddleware of" in done.stdout
+    assert "['guests']" in done.stdout
+    assert "what was not committed is rolled back" in done.stdout
+    done = command("shell", path, "--commit", said=f"{IMPORT}{COUNT}{ADD}")
+    assert "guests: 0" in done.stdout
+    assert "what was not committed is committed" in done.stdout
+    assert "guests: 1" in command("shell", path, said=f"{IMPORT}{COUNT}").stdout
+    nothing = command("shell", path, said="1 + 1\n")
+    assert nothing.exit_code == 0
+    assert "not committed" not in nothing.stdout
+
+
+def test_shell_has_the_mapped_classes(ini):
+    """Of every module that was imported: here of a test's."""
+    from . import test_models
+
+    done = command("shell", ini(SETTINGS), said="Imperative\n")
+    assert repr(test_models.Imperative) in done.stdout
+
+
+def test_commit_of_a_shell_that_fails(ini):
+    path = ini(SETTINGS)
+    script = "from sqlalchemy import event\nevent.listen(session(), 'before_commit', lambda opened: 1 / 0)\n"
+    done = command("shell", path, "--commit", said=f"session.connection()\n{script}")
+    assert done.exit_code == 1
+    assert "error: division by zero" in done.stderr
+
+
+def test_shell_of_one_application_of_several(ini):
+    more = (
+        "\n[filter-app:other]\npaste.filter_app_factory = sqlasession_middleware.paste:main\nnext = shop\n"
+        "sqlalchemy.url = sqlite://\n\n[composite:both]\nuse = egg:Paste#urlmap\n/ = main\n/other = other\n"
+    )
+    path = ini(SETTINGS, more)
+    refused = command("shell", f"{path}#both")
+    assert refused.exit_code == 2
+    assert "has 2 applications with a database: pick one by its name" in refused.stderr
+    assert command("shell", f"{path}#other").exit_code == 0
+
+
+def test_serve(ini, tmp_path):
+    path = ini(SETTINGS, "\n[server:main]\nuse = egg:waitress#main\nport = 1\nthreads = 2\n")
+    assert command("create", path).exit_code == 0
+    script = "import sys; from sqlasession_middleware.cli import main; main(sys.argv[1:])"
+    arguments = [sys.executable, "-u", "-c", script, "serve", path, "--port", "0"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            found = re.fullmatch(r"serving on (http://127.0.0.1:\d+/)\n", server.stdout.readline())
+            assert found is not None
+            with urllib.request.urlopen(f"{found[1]}Ada", timeout=PATIENCE) as response:
+                assert response.read() == b"Ada"
+        finally:
+            server.terminate()
+
+
+#: Options of "serve", and what is said of them.
+NOT_SERVED = {
+    "no such host": (["--host", "256.256.256.256"], 1, "error: waitress cannot listen: "),
+    "no port": (["--port", "70000"], 2, "70000 is not in the range"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_serve_refuses(ini, name):
+    options, code, said = NOT_SERVED[name]
+    done = command("serve", ini(SETTINGS), *options)
+    assert done.exit_code == code
+    assert said in done.stderr
+
+
+def test_serve_without_waitress(ini, monkeypatch):
+    monkeypatch.setitem(sys.modules, "waitress.server", None)
+    done = command("serve", ini(SETTINGS))
+    assert (done.exit_code, done.stderr) == (1, "error: waitress is not installed: pip install waitress\n")
