@@ -23,7 +23,7 @@ from sqlalchemy.sql.functions import next_value
 from .engines import EngineSource, read_source
 from .errors import ConfigurationError, nearest
 
-__all__ = ["DEFAULT", "check_bind_key", "find_bind_key", "key_of", "read_binds"]
+__all__ = ["DEFAULT", "find_bind_key", "key_of", "read_binds", "unknown_bind_key"]
 
 #: the name of the engine that is no bind's
 DEFAULT = "default"
@@ -100,12 +100,10 @@ def key_of(element: Table | Sequence) -> str | None:
     return None if key == DEFAULT else key
 
 
-def check_bind_key(key: str, known: Iterable[str], what: str) -> None:
-    """:raises UnboundExecutionError: if no bind has this key."""
-    known = sorted(known)
-    if key not in known:
-        names = ", ".join(map(repr, known)) or "none"
-        raise UnboundExecutionError(
-            f"{what} has the bind key {key!r}, and no bind of the application has that name (there are: {names})"
-            f"{nearest(str(key), known)}"
-        )
+def unknown_bind_key(key: str, known: Iterable[str], what: str) -> UnboundExecutionError:
+    """The error for a key that no bind has."""
+    names = sorted(known)
+    return UnboundExecutionError(
+        f"{what} has the bind key {key!r}, and no bind of the application has that name"
+        f" (there are: {', '.join(map(repr, names)) or 'none'}){nearest(str(key), names)}"
+    )

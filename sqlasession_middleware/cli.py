@@ -167,6 +167,10 @@ def serve(ini: str, host: str | None, port: int | None, threads: int | None) -> 
         )
     except (OSError, ValueError) as error:
         _fail(f"waitress cannot listen: {error}")
+    _serve(server)  # pragma: no cover
+
+
+def _serve(server: Any) -> None:  # pragma: no cover  # in a process of its own
     click.echo(f"serving on http://{server.effective_host}:{server.effective_port}/")
     server.run()
 

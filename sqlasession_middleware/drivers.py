@@ -177,7 +177,7 @@ def make_read_only(driver_connection: Any, dialect: str) -> None:
         _run(driver_connection, "SET SESSION TRANSACTION READ ONLY")
     elif hasattr(type(driver_connection), "read_only"):
         driver_connection.read_only = True  # psycopg: part of the BEGIN that it sends anyway
-    elif hasattr(type(driver_connection), "readonly"):
+    elif hasattr(type(driver_connection), "readonly"):  # pragma: no branch
         driver_connection.readonly = True  # psycopg2: likewise
 
 

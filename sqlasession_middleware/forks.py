@@ -85,7 +85,7 @@ def checking(make: Callable[..., Made]) -> Callable[..., Made]:
         check_process()
         return make(*arguments, **options)
 
-    return checked
+    return checked  # pragma: no cover
 
 
 def _remember(driver_connection: Any, record: ConnectionPoolEntry) -> None:
@@ -161,5 +161,5 @@ def _renew_lock_and_begin_anew() -> None:  # pragma: no cover
     _begin_anew()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch
     os.register_at_fork(after_in_child=_renew_lock_and_begin_anew)

@@ -13,7 +13,7 @@ from typing import Any, cast
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction
 
-from .binds import DEFAULT, check_bind_key, find_bind_key
+from .binds import DEFAULT, find_bind_key, unknown_bind_key
 from .context import Scope, current
 from .drivers import written_position
 from .engines import EngineSource
@@ -53,7 +53,7 @@ class Routing:
         if key is None or key == DEFAULT:
             return self._default.engine
         if key not in self.binds:
-            check_bind_key(key, self.binds, what)
+            raise unknown_bind_key(key, self.binds, what)
         return self.binds[key].engine
 
     def session_maker(self, session_class: type[Session], options: Mapping[str, Any]) -> Callable[..., Session]:

@@ -172,7 +172,7 @@ class ShellScope(Scope):
     def __del__(self) -> None:
         try:
             check_process()
-            if self.process == os.getpid():
+            if self.process == os.getpid():  # pragma: no branch
                 remove_session(self)
         except Exception:
             logger.exception("The session of a dropped shell scope could not be closed")

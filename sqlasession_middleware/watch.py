@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakSet
 
 from sqlalchemy import event
@@ -78,12 +78,11 @@ class WatchedPool(QueuePool):
 @contextmanager
 def forgotten() -> Iterator[Callable[[], None]]:
     """Gives a function that forgets what the scope has met inside of the block: it was dealt with."""
-    scope = current.get(None)
-    before = scope.failure if isinstance(scope, Scope) else None
+    scope = cast(Scope, current.get())  # A session is at work in it.
+    before = scope.failure
 
     def forget() -> None:
-        if isinstance(scope, Scope):
-            scope.failure = before
+        scope.failure = before
 
     yield forget
 

@@ -333,6 +333,9 @@ INI = {
     "sqlalchemy.binds.audit.echo": "debug",
     "sqlalchemy.binds.stats.url": "sqlite://",
     "sqlalchemy.binds.stats.connect_args.cached_statements": "7",
+    "sqlalchemy.connect_args.check_same_thread": "false",
+    "sqlalchemy.connect_args.isolation_level": "IMMEDIATE",
+    "sqlalchemy.binds.audit.connect_args.isolation_level": "none",
     "metadata": "tests.test_binds:main, tests.test_binds:audit",
 }
 

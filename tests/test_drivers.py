@@ -9,7 +9,7 @@ from sqlalchemy import create_engine, select, text
 from sqlalchemy.exc import DBAPIError
 
 from sqlasession_middleware import SQLASessionMiddleware, release, session
-from sqlasession_middleware.drivers import has_open_cursor, has_written, is_aborted
+from sqlasession_middleware.drivers import has_open_cursor, has_written, is_aborted, written_position
 
 from .conftest import SERVERS
 from .test_unavailable import kill
@@ -50,6 +50,16 @@ def test_error_passes_when_the_connection_was_lost_unnoticed(server_url: str) ->
         session.rollback()
         assert session.scalar(select(2)) == 2
     assert app.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    app.dispose()
+
+
+def test_position_that_nobody_tells_any_more(server_url: str) -> None:
+    """What was committed stays so, whatever becomes of the connection."""
+    app = SQLASessionMiddleware(lambda environ, start: [], server_url)
+    with app.context():
+        session.execute(select(1))
+        kill(server_url)
+        assert written_position(session.connection()) is None
     app.dispose()
 
 

@@ -400,3 +400,10 @@ def test_relative_path_is_taken_from_where_the_application_was_made(tmp_path, mo
         select_one()
     app.dispose()
     assert (tmp_path / "shop.db").exists()
+
+
+def test_engine_that_was_used_before_it_was_given(sqlite_engine: Engine) -> None:
+    sqlite_engine.connect().close()
+    app = SQLASessionMiddleware(nothing, sqlite_engine)
+    with app.engine.connect() as connection:
+        assert connection.execute(text("SELECT 1")).scalar_one() == 1

@@ -21,6 +21,7 @@ from sqlasession_middleware import SQLASessionMiddleware, application, on_primar
 from sqlasession_middleware.errors import ConfigurationError, ScopeError
 from sqlasession_middleware.marks import Mark
 
+from .test_failures import BOTH, server
 from .wsgi import assert_given_back, consume, environ, start_response
 
 
@@ -450,6 +451,24 @@ def test_replicas_refuse_to_write(make):
 
     middleware = make(app)
     assert ask(middleware)[0] == "refused"
+
+
+@pytest.mark.parametrize("driver", BOTH)
+def test_replicas_of_servers_refuse_to_write(driver):
+    url = server(driver)
+    app = SQLASessionMiddleware(App("read"), url, replicas=[url])
+    replica = app.engines["replicas[0]"]
+    for _ in range(2):  # In each transaction of a connection.
+        with pytest.raises(DBAPIError, match=r"(?i)read.only"), replica.begin() as connection:
+            connection.execute(text("CREATE TABLE not_on_a_replica (id int)"))
+    app.dispose()
+
+
+def test_explicit_bind_outside_of_a_request(make):
+    app = make(binds={"audit": "sqlite://"})
+    with app.context():
+        arguments = {"bind": app.engine}
+        assert session.execute(text("SELECT name FROM row"), bind_arguments=arguments).scalar_one() == "primary"
 
 
 def test_writes_of_a_get_are_repeated_although_two_connections_are_held(make):

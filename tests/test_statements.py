@@ -51,6 +51,7 @@ READS = {
     "union": select(Shop).union(select(Shop)),
     "subquery": select(select(shop).subquery()),
     "cte": select(select(shop).cte()),
+    "hint": select(Shop).prefix_with("/*+ NoIndexScan(shop) */"),
     "from text": select(Shop).from_statement(text("SELECT * FROM shop")),
     "text": text("  select 1"),
     "text with a semicolon at the end": text("SELECT 1 ; "),
@@ -76,6 +77,7 @@ WRITES = {
     "text FOR UPDATE": text("SELECT * FROM shop FOR UPDATE"),
     "text FOR NO KEY UPDATE": text("SELECT * FROM shop FOR NO KEY UPDATE SKIP LOCKED"),
     "text LOCK IN SHARE MODE": text("SELECT * FROM shop LOCK IN SHARE MODE"),
+    "DML as a text": select(Shop).from_statement(text("DELETE FROM shop RETURNING *").columns(shop.c.id)),
     "text SELECT INTO": text("SELECT * INTO more FROM shop"),
     "text WITH that writes": text("WITH gone AS (DELETE FROM shop RETURNING id) SELECT * FROM gone"),
     "text EXPLAIN ANALYZE": text("EXPLAIN ANALYZE DELETE FROM shop"),
@@ -85,6 +87,8 @@ WRITES = {
 
 #: What looks like a read, unless one looks into it.
 HIDDEN_WRITES = {
+    "FOR UPDATE as a text": select(Shop).suffix_with("FOR UPDATE"),
+    "CTE that writes by a text": select(text("DELETE FROM shop RETURNING id").columns(shop.c.id).cte()),
     "CTE that writes": select(stored),
     "CTE that writes in a join": select(Shop).join(stored, stored.c.id == shop.c.id),
     "CTE that writes and is not used": select(Shop).add_cte(stored),

@@ -1,0 +1,150 @@
+"""For the tests of applications: nothing that a test stores stays, and what it asks of the database can be counted.
+
+.. code-block:: python
+
+    with isolated(app):
+        client.post("/guests", data={"name": "Ada"})  # commits
+        with assert_queries(1):
+            assert "Ada" in client.get("/guests").text
+    # and is gone
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
+
+from .drivers import begin_writing
+from .middleware import SQLASessionMiddleware
+from .watch import read_only
+
+__all__ = ["assert_queries", "isolated", "no_leaks"]
+
+
+@contextmanager
+def isolated(*applications: SQLASessionMiddleware) -> Iterator[None]:
+    """Run requests and contexts inside of one transaction per engine, which is rolled back at the end.
+
+    The application commits as it likes, ``transaction=True`` included: each commit is that of a savepoint, and later
+    requests see it. Replicas are read from the primary's transaction. Tables have to be there before, and what works on
+    ``app.engine`` by itself is outside. All sessions of an engine share one connection, so requests run one at a time.
+
+    :param applications: several share a transaction where they share an Engine.
+    """
+    with ExitStack() as stack:
+        isolation = _Isolation(stack)
+        for application in applications:
+            stack.callback(_restore, application, vars(application).get("new_session"))
+            vars(application)["new_session"] = isolation.maker(application)
+        yield
+
+
+class _Isolation:
+    """The connections of an isolated test, and their transactions."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._connections: dict[Engine, Connection] = {}
+
+    def maker(self, application: SQLASessionMiddleware) -> Callable[..., Session]:
+        """Makes Sessions of the application, on the test's connections."""
+        make, default = application.new_session, application.engine
+
+        def make_isolated(**options: Any) -> Session:
+            made = make(**{"join_transaction_mode": "create_savepoint", **options})
+            choose = made.get_bind
+
+            def get_bind(*arguments: Any, **more: Any) -> Any:
+                bind = choose(*arguments, **more)
+                return self._connection(default if bind in read_only else bind) if isinstance(bind, Engine) else bind
+
+            made.get_bind = get_bind  # type: ignore[method-assign]
+            return made
+
+        return make_isolated
+
+    def _connection(self, engine: Engine) -> Connection:
+        connection = self._connections.get(engine)
+        if connection is None:
+            connection = self._connections[engine] = self._stack.enter_context(engine.connect())
+            self._stack.callback(connection.begin().rollback)
+            if engine.dialect.name == "sqlite":
+                begin_writing(connection)  # Else Python's driver would commit the first savepoint.
+        return connection
+
+
+def _restore(application: SQLASessionMiddleware, make: Callable[..., Session] | None) -> None:
+    if make is None:
+        vars(application).pop("new_session", None)
+    else:
+        vars(application)["new_session"] = make
+
+
+_OF_TRANSACTIONS = ("SAVEPOINT ", "RELEASE SAVEPOINT ", "ROLLBACK TO SAVEPOINT ")
+
+
+@contextmanager
+def assert_queries(count: int) -> Iterator[list[str]]:
+    """Check how many statements the block sends to databases, of all engines.
+
+    Gives the list of them, which grows. What a transaction needs by itself (BEGIN, COMMIT, savepoints) is not counted.
+
+    :raises AssertionError: if there were more or fewer; it shows them.
+    """
+    statements: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool) -> None:
+        if not statement.startswith(_OF_TRANSACTIONS):
+            statements.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        yield statements
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    if len(statements) != count:
+        shown = "".join(f"\n{number}. {statement}" for number, statement in enumerate(statements, 1))
+        raise AssertionError(f"{count} statements were expected, and {len(statements)} were sent:{shown or ' none'}")
+
+
+@contextmanager
+def no_leaks() -> Iterator[None]:
+    """Check that every connection that is taken from a pool in the block is given back in it.
+
+    :raises AssertionError: if one is not; it shows where that was taken.
+    """
+    taken: dict[ConnectionPoolEntry, traceback.StackSummary] = {}
+
+    def take(driver_connection: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
+        taken[record] = traceback.extract_stack()
+
+    def give_back(driver_connection: Any, record: ConnectionPoolEntry) -> None:
+        taken.pop(record, None)
+
+    listeners: tuple[tuple[str, Callable[..., None]], ...] = (
+        ("checkout", take), ("checkin", give_back), ("detach", give_back),
+    )  # fmt: skip
+    for name, listener in listeners:
+        event.listen(Pool, name, listener)
+    try:
+        yield
+    finally:
+        for name, listener in listeners:
+            event.remove(Pool, name, listener)
+    if taken:
+        places = "\n\n".join("".join(_of_the_caller(stack)) for stack in taken.values())
+        raise AssertionError(f"{len(taken)} connections were taken and not given back. Taken here:\n\n{places}")
+
+
+def _of_the_caller(stack: traceback.StackSummary) -> list[str]:
+    """The stack without the libraries in between: a leak is the application's."""
+    inside = ("/sqlalchemy/", "/sqlasession_middleware/", "/_pytest/", "/pluggy/")
+    return traceback.StackSummary.from_list(
+        [frame for frame in stack if not any(part in frame.filename.replace("\\", "/") for part in inside)]
+    ).format()

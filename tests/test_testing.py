@@ -1,0 +1,271 @@
+"""What the library has for the tests of applications."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from textwrap import dedent
+
+import pytest
+from sqlalchemy import Integer, MetaData, String, create_engine, func, select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from werkzeug.test import Client
+
+from sqlasession_middleware import SQLASessionMiddleware, session
+from sqlasession_middleware.testing import assert_queries, isolated, no_leaks
+
+pytest_plugins = ["pytester"]
+
+metadata = MetaData()
+
+
+class Base(DeclarativeBase):
+    metadata = metadata
+
+
+class Guest(Base):
+    __tablename__ = "testing_guest"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    name: Mapped[str] = mapped_column(String(20), unique=True)
+
+
+def commits(environ, start_response):
+    session.add(Guest(name=environ["PATH_INFO"].strip("/")))
+    session.commit()
+    return respond(environ, start_response)
+
+
+def commits_by_the_middleware(environ, start_response):
+    session.add(Guest(name=environ["PATH_INFO"].strip("/")))
+    session.flush()
+    return respond(environ, start_response)
+
+
+def respond(environ, start_response):
+    start_response(environ["QUERY_STRING"] or "200 OK", [("Content-Type", "text/plain")])
+    return [b"%d" % session.scalar(select(func.count(Guest.id)))]
+
+
+APPLICATIONS = {
+    "by itself": (commits, {}),
+    "with a transaction": (commits_by_the_middleware, {"transaction": True}),
+    "with attempts": (commits_by_the_middleware, {"transaction": {"attempts": 3}}),
+}
+
+
+@pytest.fixture(params=APPLICATIONS)
+def app(request, database_url) -> Iterator[SQLASessionMiddleware]:
+    inner, options = APPLICATIONS[request.param]
+    app = SQLASessionMiddleware(inner, database_url, metadata=metadata, **options)
+    app.drop_database()
+    app.init_database()
+    yield app
+    assert app.engine.pool.checkedout() == 0
+    app.drop_database()
+    app.dispose()
+
+
+def count(app) -> int:
+    with app.context():
+        return session.scalar(select(func.count(Guest.id)))
+
+
+def test_what_was_committed_is_seen_and_gone_at_the_end(app):
+    client = Client(app)
+    for _ in range(2):
+        with isolated(app):
+            assert client.get("/Ada", buffered=True).text == "1"
+            assert client.get("/Grace", buffered=True).text == "2"
+            assert count(app) == 2
+            with app.engine.connect() as connection:  # Outside.
+                assert connection.execute(select(func.count(Guest.id))).scalar_one() == 0
+        assert count(app) == 0
+    assert client.get("/Ada", buffered=True).text == "1"
+
+
+def test_what_a_request_rolls_back_is_gone_and_the_rest_stays(app):
+    client = Client(app)
+    with isolated(app):
+        client.get("/Ada", buffered=True)
+        with pytest.raises(IntegrityError):
+            client.get("/Ada", buffered=True)
+        assert count(app) == 1
+        with app.context():
+            session.add(Guest(name="Grace"))
+            session.flush()
+        assert count(app) == 1
+        with app.context(), session.begin_nested():
+            session.add(Guest(name="Grace"))
+            session.commit()
+    assert count(app) == 0
+
+
+def test_veto_inside_of_isolation(database_url):
+    app = SQLASessionMiddleware(commits_by_the_middleware, database_url, metadata=metadata, transaction=True)
+    app.drop_database()
+    app.init_database()
+    with isolated(app):
+        assert Client(app).get("/Ada?400 Bad Request", buffered=True).status_code == 400
+        assert count(app) == 0
+    app.drop_database()
+    app.dispose()
+
+
+def test_failing_test_leaves_nothing(app):
+    def fail() -> None:
+        with isolated(app):
+            Client(app).get("/Ada", buffered=True)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert count(app) == 0
+
+
+def test_binds_and_replicas(tmp_path):
+    far = MetaData(info={"bind_key": "far"})
+
+    class Far(DeclarativeBase):
+        metadata = far
+
+    class Star(Far):
+        __tablename__ = "star"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    def inner(environ, start_response):
+        if environ["REQUEST_METHOD"] == "POST":
+            session.add_all([Guest(name="Ada"), Star(id=1)])
+            session.commit()
+        start_response("200 OK", [])
+        return [f"{len(session.scalars(select(Guest)).all())} {len(session.scalars(select(Star)).all())}".encode()]
+
+    app = SQLASessionMiddleware(
+        inner, f"sqlite:///{tmp_path}/a.db", binds={"far": "sqlite://"}, replicas=[f"sqlite:///{tmp_path}/b.db"],
+        metadata=[metadata, far],
+    )  # fmt: skip
+    app.init_database()
+    with isolated(app):
+        assert Client(app).post("/", buffered=True).text == "1 1"
+        assert Client(app).get("/", buffered=True).text == "1 1"
+    assert Client(app).post("/", buffered=True).text == "1 1"
+    app.dispose()
+
+
+def test_applications_on_one_engine_share_its_transaction(sqlite_engine):
+    metadata.create_all(sqlite_engine)
+    one, two = (SQLASessionMiddleware(commits, sqlite_engine) for _ in range(2))
+    with isolated(one, two):
+        Client(one).get("/Ada", buffered=True)
+        assert count(two) == 1
+    assert count(one) == 0
+    new_session = one.new_session
+    with isolated(one), isolated(two):
+        pass
+    assert one.new_session is new_session
+
+
+def test_assert_queries(sqlite_engine):
+    with assert_queries(2) as statements, sqlite_engine.begin() as connection:
+        connection.execute(text("SELECT 1"))
+        connection.execute(text("SELECT 2"))
+    assert statements == ["SELECT 1", "SELECT 2"]
+    with assert_queries(0):
+        pass
+
+
+def ask(engine, expected: int, *statements: str) -> None:
+    with assert_queries(expected), engine.connect() as connection:
+        for statement in statements:
+            connection.execute(text(statement))
+
+
+def test_assert_queries_shows_the_statements(sqlite_engine):
+    with pytest.raises(
+        AssertionError, match=r"^1 statements were expected, and 2 were sent:\n1. SELECT 1\n2. SELECT 2$"
+    ):
+        ask(sqlite_engine, 1, "SELECT 1", "SELECT 2")
+    with pytest.raises(AssertionError, match=r"and 0 were sent: none$"):
+        ask(sqlite_engine, 1)
+    with pytest.raises(ZeroDivisionError), assert_queries(1):
+        raise ZeroDivisionError
+
+
+def test_leak_is_shown_where_it_was_taken(sqlite_engine):
+    kept = []
+
+    def take() -> None:
+        kept.append(sqlite_engine.connect())
+
+    said = r"1 connections were taken and not given back(.|\n)*in take"
+    with pytest.raises(AssertionError, match=said) as caught, no_leaks():
+        take()
+    assert "sqlalchemy/pool" not in str(caught.value)
+    kept.pop().close()
+    with no_leaks():
+        sqlite_engine.connect().close()
+        connection = sqlite_engine.connect()
+        connection.detach()
+    connection.close()
+
+
+def test_plugin(pytester, tmp_path):
+    pytester.makeini("[pytest]\nsqlasession_leaks = true\n")
+    pytester.makeconftest(
+        dedent(f"""
+        import pytest
+        from sqlalchemy import Column, Integer, MetaData, Table
+        from sqlasession_middleware import SQLASessionMiddleware
+
+        metadata = MetaData()
+        things = Table("thing", metadata, Column("id", Integer, primary_key=True))
+
+        @pytest.fixture
+        def sqlasession_app():
+            app = SQLASessionMiddleware(lambda environ, start: [], "sqlite:///{tmp_path}/plugin.db", metadata=metadata)
+            app.init_database()
+            yield app
+            app.dispose()
+    """)
+    )
+    pytester.makepyfile(
+        dedent("""
+        from sqlalchemy import text
+        from sqlasession_middleware import session
+
+        def store(app):
+            with app.context():
+                session.execute(text("INSERT INTO thing VALUES (1)"))
+                session.commit()
+
+        def test_one(isolated_app, assert_queries):
+            with assert_queries(1):
+                store(isolated_app)
+
+        def test_two(isolated_app):
+            store(isolated_app)
+
+        def test_leak(sqlasession_app):
+            global kept
+            kept = sqlasession_app.engine.connect()
+
+        def test_end():
+            kept.close()
+    """)
+    )
+    done = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    done.assert_outcomes(passed=4, errors=1)
+    done.stdout.fnmatch_lines(["*1 connections were taken and not given back*", "*in test_leak*"])
+
+
+def test_plugin_without_an_application(pytester):
+    pytester.makepyfile("def test_it(isolated_app): pass")
+    done = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    done.stdout.fnmatch_lines(["*define a fixture 'sqlasession_app'*"])
+
+
+def test_given_bind_is_left_alone(sqlite_engine):
+    other = create_engine("sqlite://")
+    app = SQLASessionMiddleware(commits, sqlite_engine)
+    with isolated(app), app.context(), other.connect() as connection, app.new_session(bind=connection) as opened:
+        assert opened.get_bind() is connection
+    other.dispose()
