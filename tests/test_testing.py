@@ -249,6 +249,7 @@ def test_plugin(pytester, tmp_path):
             kept = sqlasession_app.engine.connect()
 
         def test_end():
+            kept.invalidate()
             kept.close()
     """)
     )
