@@ -45,6 +45,8 @@ def read_binds(binds: Any) -> dict[str, EngineSource]:
     for key, given in binds.items():
         if not isinstance(key, str) or not key.isprintable() or not key.strip():
             raise ConfigurationError("binds", f"must have names as keys, got {key!r}.")
+        if "://" in key:
+            raise ConfigurationError("binds", "must have names as keys, got a URL.")
         if key == DEFAULT:
             raise ConfigurationError("binds", "is the engine of everything without a bind key: give it as 'bind'.", key)
         sources[key] = read_source(f"binds[{key!r}]", given)

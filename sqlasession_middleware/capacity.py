@@ -21,6 +21,10 @@ ASK_POSTGRESQL = """
 """
 
 
+#: Where a server listens unless the URL says otherwise.
+_PORTS = {"postgresql": 5432, "mysql": 3306}
+
+
 class EngineCapacity(NamedTuple):
     """The connections of one engine.
 
@@ -50,6 +54,8 @@ class Capacity(tuple[EngineCapacity, ...]):
 
     processes: int
     threads: int
+    #: the connections of all engines; one with several names counts once
+    total: int
 
     @classmethod
     def of(cls, engines: Mapping[str, Engine], processes: int, threads: int) -> Capacity:
@@ -62,12 +68,8 @@ class Capacity(tuple[EngineCapacity, ...]):
                 raise ConfigurationError(name, f"must be a whole number from 1, got {number!r}.")
         made = cls(_capacity(name, engine, processes, threads) for name, engine in engines.items())
         made.processes, made.threads = processes, threads
+        made.total = sum({engines[each.name].pool: each.total for each in made}.values())
         return made
-
-    @property
-    def total(self) -> int:
-        """The connections of all engines."""
-        return sum(each.total for each in self)
 
     def __str__(self) -> str:
         return "\n".join(aligned([self.TITLES, *(each.cells() for each in self)]))
@@ -101,7 +103,11 @@ def server_of(engine: Engine) -> str:
     """What has the limit: a server, whatever the database, driver and user; or a file."""
     url = engine.url
     backend = url.get_backend_name()
-    return f"{backend}://{'/' + (url.database or '') if backend == 'sqlite' else _hosts(url)}"
+    if backend == "sqlite":
+        return f"sqlite:///{url.database or ''}"
+    backend = "mysql" if backend == "mariadb" else backend
+    port = _PORTS.get(backend)
+    return f"{backend}://{_hosts(url if url.port or not url.host else url.set(port=port))}"
 
 
 def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Engine, text
+from sqlalchemy.pool import Pool
 
 from .capacity import Capacity, ServerLimit, aligned, ask_limit, server_of
-from .engines import without_secrets
 from .sessions import session
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def check(ini: str, processes: int | None, threads: int | None) -> None:
     click.echo(f"{path}: {_count(processes, 'process', 'processes')} of {_count(threads, 'thread', 'threads')}")
     needed: dict[str, int] = {}
     limits: dict[str, ServerLimit | None] = {}
+    pools: set[Pool] = set()
     troubles = []
     for number, application in enumerate(applications, 1):
         engines = application.engines
@@ -78,11 +79,13 @@ def check(ini: str, processes: int | None, threads: int | None) -> None:
         rows = []
         for each in capacity:
             engine = engines[each.name]
-            answer, limit, problem = _ping(engine)
+            answer, limit, problem = _ping(engine, application)
             if problem is not None:
                 troubles.append(f"{each.name} ({each.server}) does not answer: {problem}")
             server = server_of(engine)
-            needed[server] = needed.get(server, 0) + each.total
+            if engine.pool not in pools:  # Several names may have one engine.
+                needed[server] = needed.get(server, 0) + each.total
+                pools.add(engine.pool)
             limits[server] = limits.get(server) or limit
             rows.append((*each.cells(), answer))
         if len(applications) > 1:
@@ -208,12 +211,12 @@ def _try(action: Callable[[], object], application: SQLASessionMiddleware) -> No
     try:
         action()
     except Exception as error:
-        _fail(_said(error, application.engine))
+        _fail(_said(error, application))
 
 
-def _said(error: BaseException, engine: Engine) -> str:
+def _said(error: BaseException, application: SQLASessionMiddleware) -> str:
     """What an error of a database says, on one line."""
-    return without_secrets(" ".join(str(getattr(error, "orig", None) or error).split()), engine.url, {})
+    return application.without_secrets(" ".join(str(getattr(error, "orig", None) or error).split()))
 
 
 def _load(path: str, name: str) -> tuple[Any, list[SQLASessionMiddleware]]:
@@ -224,7 +227,7 @@ def _load(path: str, name: str) -> tuple[Any, list[SQLASessionMiddleware]]:
     with collected() as applications:
         try:
             app = loadapp(f"config:{os.path.abspath(path)}", name=name or None)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             _refuse(f"{path}{'#' * bool(name)}{name} cannot be loaded: {type(error).__name__}: {error}")
     if not applications:
         _refuse(f"no 'use = egg:sqlasession_middleware' is part of {path}{'#' * bool(name)}{name}.")
@@ -245,23 +248,28 @@ def _server_settings(path: str) -> Mapping[str, int]:
 
 
 def _section(path: str, name: str) -> Mapping[str, str]:
-    parser = configparser.RawConfigParser(strict=False)
+    # As PasteDeploy reads it, with its two names.
+    place = {"here": os.path.dirname(os.path.abspath(path)), "__file__": os.path.abspath(path)}
+    parser = configparser.ConfigParser(defaults={key: value.replace("%", "%%") for key, value in place.items()})
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
     try:
         parser.read(path)
+        return dict(parser[name]) if parser.has_section(name) else {}
     except (configparser.Error, UnicodeError) as error:
-        _refuse(f"{path} is no ini file: {error}")
-    return parser[name] if parser.has_section(name) else {}
+        _refuse(f"{path} is no ini file: {' '.join(str(error).split())}")
 
 
 def _first_number(section: Mapping[str, str], names: Iterable[str], default: int) -> int:
     for name in names:
         value = section.get(name, "").strip()
-        if value.isdecimal() and int(value) > 0:
+        if value and not (value.isdecimal() and int(value) > 0):
+            _refuse(f"{name} of [server:main] must be a whole number from 1, got {value!r}.")
+        if value:
             return int(value)
     return default
 
 
-def _ping(engine: Engine) -> tuple[str, ServerLimit | None, str | None]:
+def _ping(engine: Engine, application: SQLASessionMiddleware) -> tuple[str, ServerLimit | None, str | None]:
     """How long an engine took to answer, what its server admits, and what is wrong with it."""
     began = time.perf_counter()
     try:
@@ -270,7 +278,7 @@ def _ping(engine: Engine) -> tuple[str, ServerLimit | None, str | None]:
             answer = f"{(time.perf_counter() - began) * 1000:.1f} ms"
             return answer, ask_limit(connection), None
     except Exception as error:
-        return "no answer", None, _said(error, engine)
+        return "no answer", None, _said(error, application)
 
 
 def _compare(server: str, needed: int, limit: ServerLimit | None) -> list[str]:

@@ -114,6 +114,10 @@ class EngineSource:
         if self._engine is not None and not self.given:
             self._engine.dispose()
 
+    def without_secrets(self, text: str) -> str:
+        """``text`` with stars for all that may be a password of this engine."""
+        return without_secrets(text, self.url, self._options or {})
+
     def __repr__(self) -> str:
         # The query may hold secrets that SQLAlchemy does not know to be any (``?password=``, ``?sslpassword=``).
         return self.url.set(query={}).render_as_string()

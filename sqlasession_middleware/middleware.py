@@ -282,6 +282,12 @@ class SQLASessionMiddleware:
         if self.routing is not None:
             self.routing.dispose()
 
+    def without_secrets(self, text: str) -> str:
+        """``text``, such as what a driver says, with stars for all that may be a password of an engine."""
+        for source in (self._source, *(() if self.routing is None else self.routing.sources())):
+            text = source.without_secrets(text)
+        return text
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.app!r} on {self._source!r}>"
 

@@ -125,10 +125,10 @@ class Replicas:
         """Their engines."""
         return [replica.engine for replica in self._replicas]
 
-    def dispose(self) -> None:
-        """Close the idle connections."""
-        for replica in self._replicas:
-            replica.source.dispose()
+    @property
+    def sources(self) -> list[EngineSource]:
+        """What their engines are made from."""
+        return [replica.source for replica in self._replicas]
 
     def connect(self, opened: Session, mark: Mark | None, preferred: Replica | None) -> Replica | None:
         """Connect a Session to a replica, which the client's own writes have reached.
@@ -174,8 +174,9 @@ class Replicas:
         known = replica.passed_over_until
         replica.passed_over_until = time.monotonic() + self._retry
         if not known:
+            said = replica.source.without_secrets(str(error))
             logger.warning(
-                "The replica %r is out of reach, and is tried again after %s s: %s", replica, self._retry, error
+                "The replica %r is out of reach, and is tried again after %s s: %s", replica, self._retry, said
             )
 
 

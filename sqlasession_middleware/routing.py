@@ -69,23 +69,27 @@ class Routing:
         has_binds = bool(self.binds)
 
         def make(**more: Any) -> Session:
-            if not has_binds:
-                scope = current.get(None)
-                if not isinstance(scope, RoutedScope) or not scope.is_safe():
-                    return on_primary(**more)
-            # Not by the constructor, which would need one more of ours for it.
-            opened = cast(RoutingSession, routing(**more))
-            opened.routing = self
+            scope = current.get(None)
+            home = scope if isinstance(scope, RoutedScope) else None
+            # Not by the constructors, which would need one more of ours for it.
+            if has_binds or (home is not None and home.is_safe()):
+                opened = cast(RoutingSession, routing(**more))
+                opened.routing = self
+            else:
+                opened = cast(RoutingSession, on_primary(**more))
+            opened.home = home
             return opened
 
         return make
 
+    def sources(self) -> list[EngineSource]:
+        """Of all but the default engine."""
+        return [*self.binds.values(), *(() if self.replicas is None else self.replicas.sources)]
+
     def dispose(self) -> None:
         """Close the idle connections of all but the default engine."""
-        for source in self.binds.values():
+        for source in self.sources():
             source.dispose()
-        if self.replicas is not None:
-            self.replicas.dispose()
 
     def all_engines(self) -> dict[str, Engine]:
         """By name."""
@@ -152,6 +156,9 @@ class PrimarySession(RequestSession):
     takes longer than to remember it, and most requests that only read commit nothing.
     """
 
+    #: the scope that it was made in. It is the scope's own Session if that one has it: then it is the request's also
+    #: where another thread, or a context of another application, works with it
+    home: RoutedScope | None = None
     #: None stands for a flush, or for a connection that was asked for
     _executed: list[Any] | None = None
     #: whether something was surely written since the last commit
@@ -242,9 +249,9 @@ class RoutingSession(PrimarySession):
         self.note(clause)
 
     def _find_route(self, replicas: Replicas) -> Route | None:
-        scope = current.get(None)
-        if isinstance(scope, RoutedScope) and scope.session is self and self.bind is self.routing.engine_of(None, ""):
-            self._route = scope.find_route(replicas)
+        home = self.home
+        if home is not None and home.session is self and self.bind is self.routing.engine_of(None, ""):
+            self._route = home.find_route(replicas)
         return self._route
 
 
@@ -262,7 +269,8 @@ def _note_written(opened: Session) -> None:
     """Note for the client that it has written, and how far the primary's log went."""
     if not isinstance(opened, PrimarySession) or opened.in_nested_transaction() or not opened.take_written():
         return
-    scope: Any = current.get(None)
+    home = opened.home
+    scope: Any = home if home is not None and home.session is opened else current.get(None)
     while isinstance(scope, Scope):
         # Not once the head has left: it was told by then that something may have been written.
         if isinstance(scope, RoutedScope) and scope.owner.engine is opened.bind and scope.headers is None:

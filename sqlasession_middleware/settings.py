@@ -182,6 +182,8 @@ def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
             urls = _BETWEEN_URLS.split(value.strip())
             arguments["replicas"] = [_from_folder(url, config.get("here")) for url in urls if url]
         elif key.startswith(f"{prefix}replicas."):
+            if key == f"{prefix}replicas.url":
+                raise ConfigurationError(setting, f"is not a setting: the URLs are those of '{prefix}replicas'.")
             _read_engine_option(replica_options, key[len(prefix) + len("replicas.") :], setting, value)
         elif key.startswith(f"{prefix}binds."):
             name, dot, option = _split_bind(key[len(prefix) + len("binds.") :])
@@ -219,7 +221,7 @@ def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
             f"is missing: set it to a database URL, 'sqlite:///%(here)s/shop.db'{meant}",
         )
     if replica_options:
-        if "replicas" not in arguments:
+        if not arguments.get("replicas"):
             raise ConfigurationError(f"{prefix + 'replicas'!r}{place}", "is missing, but there are options for it.")
         arguments["replicas"] = [{**replica_options, "url": url} for url in arguments["replicas"]]
     return arguments
@@ -265,7 +267,7 @@ def ini_names(prefix: str, arguments: Mapping[str, Any]) -> dict[str, str]:
     :param arguments: what :func:`read_settings` has made of the ini.
     """
     names = {"bind": f"{prefix}url", "engine_options": prefix, "session_options": SESSION_PREFIX}
-    names.update({name: f"{name}." for name in STACKED})
+    names.update({name: f"{name}." for name in STACKED}, binds=f"{prefix}binds")
     names.update({f"binds[{name!r}]": f"{prefix}binds.{name}." for name in arguments.get("binds", ())})
     names.update({f"replicas[{number}]": f"{prefix}replicas" for number in range(len(arguments.get("replicas", ())))})
     return names
@@ -277,10 +279,12 @@ def _parse(setting: str, text: str, kind: Kind) -> Any:
     try:
         return kind.parse(text.strip())
     except Exception as error:
-        if kind in (DOTTED, DOTTED_OR_NONE, DOTTED_NAMES):
+        if kind in (DOTTED, DOTTED_OR_NONE, DOTTED_NAMES) and "://" not in text:
             why = f"{type(error).__name__}: {error}"
             raise ConfigurationError(setting, f"must be {kind.name}, got {text!r} ({why}).") from error
-        raise ConfigurationError(setting, f"must be {kind.name}, got {text!r}.") from None
+        # A URL that has come to a wrong place may have a password in it.
+        found = "a URL" if "://" in text else repr(text)
+        raise ConfigurationError(setting, f"must be {kind.name}, got {found}.") from None
 
 
 def _from_folder(text: str, folder: str | None) -> str | URL:

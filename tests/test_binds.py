@@ -304,6 +304,7 @@ def test_sessions_own_bind(tmp_path):
 MISTAKES = {
     "no dict": ("sqlite://", r"binds must be a dict of databases by their bind keys, got str\."),
     "no name": ({"": "sqlite://"}, r"binds must have names as keys, got ''\."),
+    "URL as a name": ({"sqlite://u:secret@h": "sqlite://"}, r"binds must have names as keys, got a URL\."),
     "number": ({7: "sqlite://"}, r"binds must have names as keys, got 7\."),
     "default": ({"default": "sqlite://"}, r"binds\['default'\] is the engine of everything without a bind key"),
     "no URL": ({"audit": {"echo": True}}, r"binds\['audit'\]\['url'\] is missing"),
@@ -354,6 +355,10 @@ INI_MISTAKES = {
     "sqlalchemy.binds.audit.pool_size": ("x", "'sqlalchemy.binds.audit.pool_size' in shop.ini must be a whole number"),
     "sqlalchemy.binds.audit.url": ("nothing", "'sqlalchemy.binds.audit.url' in shop.ini must be a database URL"),
     "sqlalchemy.binds.more.echo": ("true", "'sqlalchemy.binds.more.url' in shop.ini is missing"),
+    "sqlalchemy.binds.default.url": ("sqlite://", "'sqlalchemy.binds.default' in shop.ini is the engine of everything"),
+    "sqlalchemy.binds.audit.poolclass": (
+        "sqlite://u:secret@h", "'sqlalchemy.binds.audit.poolclass' in shop.ini must be the dotted name of something",
+    ),
     "sqlalchemy.binds.audit": ("sqlite://", "'sqlalchemy.binds.audit' in shop.ini must be sqlalchemy.binds.NAME.url"),
     "metadata": ("tests.test_binds:nothing", "'metadata' in shop.ini must be dotted names"),
 }  # fmt: skip
@@ -367,3 +372,4 @@ def test_mistake_in_an_ini(key, tmp_path):
             application, {**INI, "here": str(tmp_path), "__file__": "shop.ini", key: value}
         )
     assert str(caught.value).startswith(problem)
+    assert "secret" not in str(caught.value)

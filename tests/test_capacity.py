@@ -55,6 +55,12 @@ def test_every_engine_counts_and_no_password_shows():
     assert str(capacity).splitlines()[2].split() == ["audit", "mariadb+pymysql://two/audit", "1", "2", "0"]
 
 
+def test_engine_with_several_names_counts_once(sqlite_engine):
+    app = SQLASessionMiddleware(nothing, sqlite_engine, binds={"audit": sqlite_engine})
+    assert [each.total for each in app.capacity()] == [15, 15]
+    assert app.capacity().total == 15
+
+
 @pytest.mark.parametrize("numbers", [{"processes": 0}, {"threads": -1}, {"threads": "4"}, {"processes": True}])
 def test_numbers_that_are_none(numbers):
     app = SQLASessionMiddleware(nothing, "sqlite://")
@@ -66,6 +72,9 @@ def test_numbers_that_are_none(numbers):
     ("url", "server"),
     [
         ("postgresql+psycopg://u:p@h:5432/a", "postgresql://h:5432"),
+        ("postgresql+psycopg://u:p@h/a", "postgresql://h:5432"),
+        ("mariadb+pymysql://u:p@h/a", "mysql://h:3306"),
+        ("mysql+pymysql://u:p@h:3306/b", "mysql://h:3306"),
         ("postgresql+psycopg2://u:p@h:5432/b", "postgresql://h:5432"),
         ("postgresql+psycopg://u:p@/a?host=one:1&host=two:2", "postgresql://one:1,two:2"),
         ("sqlite:////tmp/a.db", "sqlite:////tmp/a.db"),

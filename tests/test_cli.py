@@ -78,10 +78,12 @@ def test_check_of_what_is_out_of_reach(ini):
         "sqlalchemy.url": "sqlite://",
         "sqlalchemy.replicas": "postgresql+psycopg://shop:secret@127.0.0.1:1/shop?sslpassword=secret",
         "sqlalchemy.binds.audit.url": "mariadb+pymysql://shop:secret@127.0.0.1:1/shop",
+        "sqlalchemy.binds.wrong.url": "postgresql+psycopg://shop@127.0.0.1:1/shop",
+        "sqlalchemy.binds.wrong.connect_args.channel_binding": "secret",
     })  # fmt: skip
     done = check(path)
     assert done.exit_code == 1
-    assert done.stdout.count("no answer") == 2
+    assert done.stdout.count("no answer") == 3
     assert "error: replicas[0] (postgresql+psycopg://127.0.0.1:1/shop) does not answer: " in done.stderr
     assert "error: audit (mariadb+pymysql://127.0.0.1:1/shop) does not answer: " in done.stderr
     assert "secret" not in done.output
@@ -97,7 +99,7 @@ SERVERS = {
         ["--processes", "5", "--threads", "1"],
         "5 processes of 1 t",
     ),
-    "not a number": ("use = egg:gunicorn#main\nworkers = %(many)s", [], "1 process of 1 thread"),
+    "of the ini": ("use = egg:gunicorn#main\nmany = 6\nworkers = %(many)s", [], "6 processes of 1 thread"),
 }
 
 
@@ -121,6 +123,8 @@ def test_check_of_several_applications_and_of_one_by_name(ini):
     assert "shop.db" in both.stdout
     assert "shop.db" not in check(f"{path}#other").stdout
 
+
+EXITS = "[app:exits]\npaste.app_factory = tests.paste_apps:exits\n"
 
 #: What cannot be checked, and what is said of it.
 REFUSED = {

@@ -364,6 +364,34 @@ def test_commit_in_a_context_of_the_request_is_the_clients(make):
     assert ask(middleware, "POST")[1]
 
 
+def test_sessions_work_in_another_place_is_the_requests(make):
+    """In the context of another scope, and in a thread that knows of none."""
+
+    def app(environ, start_response):
+        opened = session()
+
+        def work() -> None:
+            opened.execute(insert(Row).values(name="new"))
+            opened.commit()
+
+        if environ["PATH_INFO"] == "/thread":
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        else:
+            with middleware.context():
+                work()
+        found = read()
+        start_response("200 OK", [])
+        return [found.encode()]
+
+    middleware = make(app, engine_options={"connect_args": {"check_same_thread": False}})
+    for path in ("/thread", "/context"):
+        found, cookie = ask(middleware, path=path)
+        assert found == "primary"
+        assert cookie
+
+
 def test_on_primary_outside_of_a_scope():
     with pytest.raises(ScopeError):
         on_primary()
@@ -589,6 +617,12 @@ INI = {"sqlalchemy.url": "sqlite:///a.db", "__file__": "shop.ini"}
 ONE, TWO = "postgresql+psycopg://u:secret@one/shop", "postgresql+psycopg://u:secret@two/shop?application_name=a,b"
 
 
+def test_options_of_no_replicas():
+    settings = {**INI, "sqlalchemy.replicas": "", "sqlalchemy.replicas.pool_size": "3"}
+    with pytest.raises(ConfigurationError, match=r"'sqlalchemy.replicas' in shop.ini is missing"):
+        SQLASessionMiddleware.from_config(App("read"), settings)
+
+
 @pytest.mark.parametrize("between", [" ", "\n", ", ", ",\n    ", ",", "\n\n"])
 def test_ini(tmp_path, between):
     settings = {
@@ -607,6 +641,7 @@ def test_ini(tmp_path, between):
 
 INI_MISTAKES = {
     "sqlalchemy.replicas": ("nothing", "'sqlalchemy.replicas' in shop.ini must be a database URL"),
+    "sqlalchemy.replicas.url": (ONE, "'sqlalchemy.replicas.url' in shop.ini is not a setting: the URLs are those of"),
     "sqlalchemy.replicas.pol_size": ("7", "'sqlalchemy.replicas.pol_size' in shop.ini is not an option"),
     "sqlalchemy.replicas.pool_size": ("x", "'sqlalchemy.replicas.pool_size' in shop.ini must be a whole number"),
     "sqlalchemy.replica": (ONE, "'sqlalchemy.replica' in shop.ini is not an option of create_engine() for sqlite"),
