@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Engine, text
-from sqlalchemy.pool import Pool
 
 from .capacity import Capacity, ServerLimit, aligned, ask_limit, server_of
 from .sessions import session
@@ -71,7 +70,6 @@ def check(ini: str, processes: int | None, threads: int | None) -> None:
     click.echo(f"{path}: {_count(processes, 'process', 'processes')} of {_count(threads, 'thread', 'threads')}")
     needed: dict[str, int] = {}
     limits: dict[str, ServerLimit | None] = {}
-    pools: set[Pool] = set()
     troubles = []
     for number, application in enumerate(applications, 1):
         engines = application.engines
@@ -83,9 +81,7 @@ def check(ini: str, processes: int | None, threads: int | None) -> None:
             if problem is not None:
                 troubles.append(f"{each.name} ({each.server}) does not answer: {problem}")
             server = server_of(engine)
-            if engine.pool not in pools:  # Several names may have one engine.
-                needed[server] = needed.get(server, 0) + each.total
-                pools.add(engine.pool)
+            needed[server] = needed.get(server, 0) + each.total
             limits[server] = limits.get(server) or limit
             rows.append((*each.cells(), answer))
         if len(applications) > 1:
