@@ -181,9 +181,11 @@ class PrimarySession(RequestSession):
         """Whether a commit, if there is one, will most likely have written."""
         if not self.in_transaction():
             return False
-        if self.has_written or self.new or self.dirty or self.deleted:
+        # The public names for what a flush would write make sets of it, whether or not there is any.
+        if self.has_written or not self._is_clean():
             return True
-        return not all(map(is_read, self._executed or ()))
+        executed = self._executed
+        return executed is not None and not all(map(is_read, executed))
 
     def take_written(self) -> bool:
         """Whether something was written to the primary since the last call."""
