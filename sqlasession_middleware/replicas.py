@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, event
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from .drivers import make_read_only, replayed_position
@@ -82,7 +81,7 @@ class Replica:
     def has(self, mark: Mark, marker: Marker) -> bool:
         """Whether it surely has what a client wrote.
 
-        :raises DBAPIError: if it is out of reach.
+        :raises Exception: SQLAlchemy's or the driver's, if it is out of reach.
         """
         if mark.position is not None and self.engine.dialect.name == "postgresql":
             replayed = self._replayed if self._replayed >= mark.position else self._ask()
@@ -145,7 +144,7 @@ class Replicas:
                     opened.connection(bind_arguments={"bind": replica.engine})
                     if mark is not None and connects != replica.connects and not replica.has(mark, self.marker):
                         continue  # It has been restarted since, and is behind what it had.
-                except SQLAlchemyError as error:
+                except Exception as error:  # The driver's own as well, where it was asked by itself.
                     if classify(error, connected=False) not in _OUT_OF_REACH:
                         raise
                     forget()

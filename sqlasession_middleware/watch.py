@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
 from sqlalchemy import event
@@ -78,11 +78,12 @@ class WatchedPool(QueuePool):
 @contextmanager
 def forgotten() -> Iterator[Callable[[], None]]:
     """Gives a function that forgets what the scope has met inside of the block: it was dealt with."""
-    scope = cast(Scope, current.get())  # A session is at work in it.
-    before = scope.failure
+    scope = current.get(None)
+    before = scope.failure if isinstance(scope, Scope) else None
 
     def forget() -> None:
-        scope.failure = before
+        if isinstance(scope, Scope):  # Not in a thread that was handed the session.
+            scope.failure = before
 
     yield forget
 

@@ -21,7 +21,7 @@ from sqlasession_middleware import SQLASessionMiddleware, application, on_primar
 from sqlasession_middleware.errors import ConfigurationError, ScopeError
 from sqlasession_middleware.marks import Mark
 
-from .test_failures import BOTH, server
+from .test_failures import BOTH, POSTGRESQL, server
 from .wsgi import assert_given_back, consume, environ, start_response
 
 
@@ -438,6 +438,40 @@ def test_primary_serves_if_no_replica_is_left(make):
     break_replica(app, 1)
     assert ask(app)[0] == "primary primary"
     assert ask(app)[0] == "primary primary"
+
+
+def test_thread_that_was_handed_the_session_reads_where_the_request_does(make):
+    def app(environ, start_response):
+        opened, found = session(), []
+        thread = threading.Thread(target=lambda: found.append(opened.scalars(select(Row.name)).first()))
+        thread.start()
+        thread.join()
+        start_response("200 OK", [])
+        return [f"{found[0]} {read()}".encode()]
+
+    options = {"replica_retry": 1000, "engine_options": {"connect_args": {"check_same_thread": False}}}
+    middleware = make(app, **options)
+    assert ask(middleware)[0] in ("one one", "two two")
+    break_replica(middleware, 0)
+    break_replica(middleware, 1)
+    assert ask(middleware)[0] == "primary primary"
+
+
+@pytest.mark.parametrize("driver", POSTGRESQL)
+def test_replica_that_does_not_answer_when_it_is_asked_how_far_it_is(driver):
+    """Its connection was lost in the pool, and nobody has looked: the driver itself says so."""
+    url = server(driver)
+    app = SQLASessionMiddleware(
+        lambda environ, start: [start("200 OK", []), b"%d" % session.scalar(text("SELECT 1"))][1:], url,
+        replicas=[url], engine_options={"pool_pre_ping": False},
+    )  # fmt: skip
+    with app.engines["replicas[0]"].connect() as connection:
+        number = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+    with app.engine.connect() as connection:
+        connection.execute(text("SELECT pg_terminate_backend(:number, 5000)"), {"number": number})
+    assert ask(app, cookie=f"{app.routing.replicas.marker.name}=1.1")[0] == "1"
+    assert app.routing.replicas._replicas[0].passed_over_until
+    app.dispose()
 
 
 def test_replica_that_was_passed_over_is_no_failure_of_the_request(make):
