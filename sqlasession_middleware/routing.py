@@ -20,15 +20,12 @@ from .engines import EngineSource
 from .marks import Mark
 from .replicas import Replica, Replicas, is_of_replica
 from .sessions import RequestSession, current_scope, open_connections, session_class_for
-from .statements import is_read, is_read_throughout
+from .statements import is_read_throughout
 
 __all__ = ["RoutedScope", "Routing", "on_primary"]
 
 #: RFC 9110, 9.2.1: methods that ask for nothing to be changed.
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
-
-#: How many statements a session keeps, at most.
-EXECUTED_AT_MOST = 100
 
 
 class Routing:
@@ -141,58 +138,27 @@ class RoutedScope(Scope):
         """As any scope's; what the request has written is told to the client."""
         mark = self.written
         opened = self.session
-        if mark is None and isinstance(opened, PrimarySession) and opened.has_something_to_commit():
+        if mark is None and opened is not None and opened.in_transaction() and self._may_be_written(opened):
             mark = Mark(time.time(), None)  # Nobody knows yet where the commit will be.
         environ = self.environ
         if mark is not None and environ is not None:
             headers = [*headers, self.owner.routing.replicas.marker.header(mark, environ)]
         return super().start(status, headers, exc_info)
 
+    def _may_be_written(self, opened: Session) -> bool:
+        # The public names for what a flush would write make sets of it, whether or not there is any.
+        return not self.is_safe() or not opened._is_clean() or cast(PrimarySession, opened).has_written
+
 
 class PrimarySession(RequestSession):
-    """The Session of an application with replicas, where it is on the primary from the start.
-
-    It keeps what it executes until a commit, so that the client can be told whether it has written: to find that out
-    takes longer than to remember it, and most requests that only read commit nothing.
-    """
+    """The Session of an application with replicas, where it is on the primary from the start."""
 
     #: the scope that it was made in. It is the scope's own Session if that one has it: then it is the request's also
     #: where another thread, or a context of another application, works with it
     home: RoutedScope | None = None
-    #: None stands for a flush, or for a connection that was asked for
-    _executed: list[Any] | None = None
-    #: whether something was surely written since the last commit
-    has_written = False
-
-    def get_bind(self, mapper: Any = None, *, clause: Any = None, **more: Any) -> Any:
-        if not self.has_written:
-            self.note(clause)
-        return super().get_bind(mapper, clause=clause, **more)
-
-    def note(self, clause: Any) -> None:
-        """Remember a statement on the primary."""
-        if self._executed is None:
-            self._executed = []
-        self._executed.append(clause)
-        if clause is None or len(self._executed) >= EXECUTED_AT_MOST:
-            self.has_written = self.take_written()
-
-    def has_something_to_commit(self) -> bool:
-        """Whether a commit, if there is one, will most likely have written."""
-        if not self.in_transaction():
-            return False
-        # The public names for what a flush would write make sets of it, whether or not there is any.
-        if self.has_written or not self._is_clean():
-            return True
-        executed = self._executed
-        return executed is not None and not all(map(is_read, executed))
-
-    def take_written(self) -> bool:
-        """Whether something was written to the primary since the last call."""
-        executed, self._executed = self._executed or (), None
-        written = self.has_written or any(each is None or not is_read_throughout(each) for each in executed)
-        self.has_written = False
-        return written
+    #: Whether a commit tells the client that it has written. Who was asked to change something is taken at his word:
+    #: to look at each statement would take longer.
+    has_written = True
 
 
 class RoutingSession(PrimarySession):
@@ -202,6 +168,8 @@ class RoutingSession(PrimarySession):
     routing: Routing
     #: where it reads, once it is known to be a request's
     _route: Route | None = None
+    #: of a request with a safe method: whether something was written since the last commit
+    has_written = False
 
     def get_bind(
         self, mapper: Any = None, *, clause: Any = None, bind: Any = None, bind_key: str | None = None, **more: Any
@@ -217,23 +185,25 @@ class RoutingSession(PrimarySession):
             bind = routing.engine_of(bind_key, "bind_arguments")
         if bind is not None:
             if replicas is not None and not is_of_replica(bind):
-                self._move(replicas, clause)
+                route = self._route or self._find_route(replicas)
+                if route is not None:
+                    route.moved = True
+                self._note(clause)
             return bind
         if routing.binds:
             key = find_bind_key(mapper, clause)
             if key is not None:
                 return routing.engine_of(key, f"{clause if mapper is None else mapper}")
-        default = super(PrimarySession, self).get_bind(mapper, clause=clause, **more)
+        default = super().get_bind(mapper, clause=clause, **more)
         if replicas is None or default is not self.bind:
             return default  # A class of the application's own, or Session.bind_table(), has decided.
         route = self._route or self._find_route(replicas)
         if route is None or route.moved:
-            if not self.has_written:
-                self.note(clause)
+            self._note(clause)
             return default
         # Without a statement it is a flush, or the application asks for the connection itself.
         if clause is None or not is_read_throughout(clause):
-            self._move(replicas, None)
+            route.moved = self.has_written = True
             return default
         if route.transaction is None or route.transaction is not self.get_transaction():
             replica = replicas.connect(self, route.mark, route.replica)
@@ -243,17 +213,16 @@ class RoutingSession(PrimarySession):
             route.transaction = self.get_transaction()
         return route.engine
 
-    def _move(self, replicas: Replicas, clause: Any) -> None:
-        """Work on the primary for the rest of the request."""
-        route = self._route or self._find_route(replicas)
-        if route is not None:
-            route.moved = True
-        self.note(clause)
+    def _note(self, clause: Any) -> None:
+        """Note whether a statement on the primary writes."""
+        if not self.has_written and (clause is None or not is_read_throughout(clause)):
+            self.has_written = True
 
     def _find_route(self, replicas: Replicas) -> Route | None:
         home = self.home
         if home is not None and home.session is self and self.bind is self.routing.engine_of(None, ""):
             self._route = home.find_route(replicas)
+            self.has_written = not home.is_safe()
         return self._route
 
 
@@ -269,15 +238,19 @@ def _end_reading(opened: Session) -> None:
 @event.listens_for(PrimarySession, "after_commit")
 def _note_written(opened: Session) -> None:
     """Note for the client that it has written, and how far the primary's log went."""
-    if not isinstance(opened, PrimarySession) or opened.in_nested_transaction() or not opened.take_written():
+    if not isinstance(opened, PrimarySession) or opened.in_nested_transaction() or not opened.has_written:
         return
     home = opened.home
-    scope: Any = home if home is not None and home.session is opened else current.get(None)
+    is_own = home is not None and home.session is opened
+    if isinstance(opened, RoutingSession) and home is not None and home.is_safe():
+        opened.has_written = False
+    scope: Any = home if is_own else current.get(None)
     while isinstance(scope, Scope):
         # Not once the head has left: it was told by then that something may have been written.
         if isinstance(scope, RoutedScope) and scope.owner.engine is opened.bind and scope.headers is None:
             primary = [connection for connection in open_connections(opened) if connection.engine is opened.bind]
-            scope.written = Mark(time.time(), written_position(primary[0]) if primary else None)
+            if primary:
+                scope.written = Mark(time.time(), written_position(primary[0]))
             return
         scope = scope.token.old_value if hasattr(scope, "token") else None
 
