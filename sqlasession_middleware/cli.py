@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Engine, text
@@ -186,10 +187,12 @@ def _tables(application: SQLASessionMiddleware) -> str:
 def _mapped_classes() -> dict[str, Any]:
     """The mapped classes of all modules, by their names."""
     found = {}
+    # Lazy modules and objects, Django's settings for example, are not asked what they are: they might wake up.
     for module in list(sys.modules.values()):
-        for name, value in list(getattr(module, "__dict__", {}).items()):
-            if isinstance(value, type) and "__mapper__" in vars(value):
-                found[name] = value
+        if issubclass(type(module), ModuleType):
+            for name, value in list(object.__getattribute__(module, "__dict__").items()):
+                if issubclass(type(value), type) and "__mapper__" in vars(value):
+                    found[name] = value
     return found
 
 

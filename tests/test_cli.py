@@ -233,10 +233,20 @@ def test_shell(ini):
     assert "not committed" not in nothing.stdout
 
 
-def test_shell_has_the_mapped_classes(ini):
+class Lazy:
+    """As Django's settings: whoever asks what it is wakes it up."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("awake")
+
+
+def test_shell_has_the_mapped_classes(ini, monkeypatch):
     """Of every module that was imported: here of a test's."""
     from . import test_models
 
+    monkeypatch.setattr(test_models, "lazy", Lazy(), raising=False)
+    monkeypatch.setitem(sys.modules, "no_module", Lazy())
     done = command("shell", ini(SETTINGS), said="Imperative\n")
     assert repr(test_models.Imperative) in done.stdout
 
