@@ -40,6 +40,8 @@ class Routing:
         self._default = default
         self.binds = binds
         self.replicas = replicas
+        # A mapper's key does not change, and most statements have one. There are as many mappers as models.
+        self.keys: dict[Any, str | None] = {}
 
     def engine_of(self, key: str | None, what: str) -> Engine:
         """The engine of a bind key.
@@ -53,6 +55,13 @@ class Routing:
             raise unknown_bind_key(key, self.binds, what)
         return self.binds[key].engine
 
+    def key_of(self, mapper: Any, clause: Any) -> str | None:
+        """The bind key of a statement; None for the default engine."""
+        if mapper is None:
+            return find_bind_key(None, clause)
+        key = self.keys[mapper] = find_bind_key(mapper, None)
+        return key
+
     def session_maker(self, session_class: type[Session], options: Mapping[str, Any]) -> Callable[..., Session]:
         """Makes the Sessions of the application.
 
@@ -64,6 +73,7 @@ class Routing:
         routing = partial(session_class_for(dialects, session_class, RoutingSession), **bound)
         on_primary = partial(session_class_for(dialects, session_class, PrimarySession), **bound)
         has_binds = bool(self.binds)
+        has_choice = session_class.get_bind is not Session.get_bind
 
         def make(**more: Any) -> Session:
             scope = current.get(None)
@@ -72,9 +82,12 @@ class Routing:
             if has_binds or (home is not None and home.is_safe()):
                 opened = cast(RoutingSession, routing(**more))
                 opened.routing = self
+                if has_choice:
+                    opened.has_choice = True
             else:
                 opened = cast(RoutingSession, on_primary(**more))
-            opened.home = home
+            if home is not None:
+                opened.home = home
             return opened
 
         return make
@@ -166,6 +179,8 @@ class RoutingSession(PrimarySession):
 
     #: what they are
     routing: Routing
+    #: whether a class of the application's own, or bind_mapper() and bind_table(), may choose another default
+    has_choice = False
     #: where it reads, once it is known to be a request's
     _route: Route | None = None
     #: of a request with a safe method: whether something was written since the last commit
@@ -191,12 +206,17 @@ class RoutingSession(PrimarySession):
                 self._note(clause)
             return bind
         if routing.binds:
-            key = find_bind_key(mapper, clause)
+            known = routing.keys
+            key = known[mapper] if mapper in known else routing.key_of(mapper, clause)
             if key is not None:
                 return routing.engine_of(key, f"{clause if mapper is None else mapper}")
-        default = super().get_bind(mapper, clause=clause, **more)
-        if replicas is None or default is not self.bind:
-            return default  # A class of the application's own, or Session.bind_table(), has decided.
+        default: Any = self.bind
+        if self.has_choice:
+            chosen = super().get_bind(mapper, clause=clause, **more)
+            if chosen is not default:
+                return chosen
+        if replicas is None:
+            return default
         route = self._route or self._find_route(replicas)
         if route is None or route.moved:
             self._note(clause)
@@ -212,6 +232,16 @@ class RoutingSession(PrimarySession):
             route.engine = default if replica is None else replica.engine
             route.transaction = self.get_transaction()
         return route.engine
+
+    def bind_mapper(self, *arguments: Any, **more: Any) -> None:
+        """As SQLAlchemy's."""
+        self.has_choice = True
+        super().bind_mapper(*arguments, **more)
+
+    def bind_table(self, *arguments: Any, **more: Any) -> None:
+        """As SQLAlchemy's."""
+        self.has_choice = True
+        super().bind_table(*arguments, **more)
 
     def _note(self, clause: Any) -> None:
         """Note whether a statement on the primary writes."""

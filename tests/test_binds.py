@@ -45,6 +45,15 @@ visit = Table("visit", main, Column("id", Integer, primary_key=True), info={"bin
 goods = Table("goods", main, Column("id", Integer, primary_key=True), Column("name", String(20)))
 
 
+class Chosen(DeclarativeBase):
+    pass
+
+
+class Choice(Chosen):
+    __tablename__ = "choice"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
 class Audited(DeclarativeBase):
     metadata = audit
 
@@ -295,6 +304,9 @@ def test_sessions_own_bind(tmp_path):
     with app.context() as opened:
         opened().bind_table(goods, other)
         assert opened.get_bind(clause=select(goods)) is other
+        opened().bind_mapper(Choice, other)
+        assert opened.get_bind(Choice) is other
+        assert opened.get_bind(clause=select(entry)) is app.engines["audit"]
     with app.context(), app.new_session(bind=other) as opened:
         assert opened.get_bind() is other
     app.dispose()
