@@ -138,6 +138,18 @@ REFUSED = {
         lambda ini: ini({"sqlalchemy.ulr": "sqlite://"}),
         "cannot be loaded: ConfigurationError: 'sqlalc",
     ),
+    "that exits": (
+        lambda ini: ini({"sqlalchemy.url": "sqlite://"}, EXITS) + "#exits",
+        "cannot be loaded: SystemExit: 0",
+    ),
+    "not a number": (
+        lambda ini: ini({"sqlalchemy.url": "sqlite://"}, "[server:main]\nworkers = many"),
+        "error: workers of [server:main] must be a whole number from 1, got 'many'.",
+    ),
+    "lost value": (
+        lambda ini: ini({"sqlalchemy.url": "sqlite://"}, "[server:main]\nworkers = %(lost)s"),
+        "is no ini file: ",
+    ),
     "no middleware": (
         lambda ini: ini({"sqlalchemy.url": "sqlite://"}) + "#shop",
         "error: no 'use = egg:sqlasession_mid",

@@ -395,6 +395,21 @@ def test_sessions_work_in_another_place_is_the_requests(make):
         assert cookie
 
 
+def test_commit_of_another_bind_alone_is_not_told(make, monkeypatch):
+    """The replicas are the default engine's: none of them is too old for it."""
+
+    def audit() -> None:
+        arguments = {"bind": application.engines["audit"]}
+        session.execute(text("CREATE TABLE entry (id int)"), bind_arguments=arguments)
+
+    monkeypatch.setitem(STEPS, "audit", audit)
+    assert ask(make("audit commit head", binds={"audit": "sqlite://"}), "POST")[1] is None
+
+
+def test_write_after_a_move_is_told(make):
+    assert ask(make("on_primary read write commit head"))[1]
+
+
 def test_on_primary_outside_of_a_scope():
     with pytest.raises(ScopeError):
         on_primary()
