@@ -35,7 +35,7 @@ from .replicas import Replicas, read_replicas
 from .routing import RoutedScope, Routing
 from .schema import TablesOf, create_tables, drop_tables, metadata, tables_by_key, warn_of_no_tables
 from .sessions import session_class_for
-from .settings import SESSION_OPTIONS, check_types, copy_options, ini_names, ini_place, read_settings
+from .settings import SESSION_OPTIONS, check_seconds, check_types, copy_options, ini_names, ini_place, read_settings
 from .transaction import TransactionMiddleware
 from .unavailable import UnavailableMiddleware
 from .watch import watch_inner
@@ -110,9 +110,8 @@ class SQLASessionMiddleware:
         sources = read_binds(binds or {})
         balanced = None
         if replicas:
-            for name, seconds in (("read_your_writes", read_your_writes), ("replica_retry", replica_retry)):
-                if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
-                    raise ConfigurationError(name, f"must be a number of seconds from 0, got {seconds!r}.")
+            check_seconds("read_your_writes", read_your_writes)
+            check_seconds("replica_retry", replica_retry)
             if self._session_options.get("twophase"):
                 problem = "cannot be used with replicas: no replica can prepare a transaction."
                 raise ConfigurationError("session_options", problem, "twophase")

@@ -317,6 +317,12 @@ def check_types(parameter: str, options: Mapping[str, Any], kinds: Mapping[str, 
             raise ConfigurationError(parameter, f"must be {kind.name}, got {found}.", name)
 
 
+def check_seconds(parameter: str, seconds: Any) -> None:
+    """:raises ConfigurationError: if a time is none."""
+    if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
+        raise ConfigurationError(parameter, f"must be a number of seconds from 0, got {seconds!r}.")
+
+
 def resolve_option(parameter: str, value: Any) -> Any:
     """What an option stands for that is a callable, its dotted name, or None.
 

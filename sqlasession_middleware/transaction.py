@@ -29,7 +29,7 @@ from .head import Head
 from .replay import Repeatable
 from .replicas import is_of_replica
 from .sessions import current_scope, open_connections, remove_session
-from .settings import resolve_option
+from .settings import check_seconds, resolve_option
 from .streams import held_connections, release, unit_ends
 from .watch import Noted, failure_of, watch_commits, watch_failures
 
@@ -105,9 +105,8 @@ class TransactionMiddleware:
             raise ConfigurationError("app", f"must be a WSGI application, a callable, got {type(app).__name__}.")
         if type(attempts) is not int or attempts < 1:
             raise ConfigurationError("attempts", f"must be a whole number from 1, got {attempts!r}.")
-        for name, seconds in (("backoff_base", backoff_base), ("backoff_cap", backoff_cap)):
-            if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
-                raise ConfigurationError(name, f"must be a number of seconds from 0, got {seconds!r}.")
+        check_seconds("backoff_base", backoff_base)
+        check_seconds("backoff_cap", backoff_cap)
         self.app = app
         self.attempts = attempts
         self.backoff_base = backoff_base

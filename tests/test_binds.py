@@ -266,8 +266,7 @@ def test_given_engine_is_not_disposed_of(sqlite_engine):
     assert sqlite_engine.pool is pool
 
 
-def test_two_phases(tmp_path):
-    """Two-phase commits are the servers' matter; here only that both binds are asked."""
+def test_each_bind_has_a_connection_of_its_own(tmp_path):
     app = SQLASessionMiddleware(
         application, f"sqlite:///{tmp_path}/a.db", binds={"audit": "sqlite://"}, session_options={"twophase": False}
     )
