@@ -72,25 +72,26 @@ class Routing:
         bound = {"bind": engines[DEFAULT], **options}
         routing = partial(session_class_for(dialects, session_class, RoutingSession), **bound)
         on_primary = partial(session_class_for(dialects, session_class, PrimarySession), **bound)
-        has_binds = bool(self.binds)
         has_choice = session_class.get_bind is not Session.get_bind
+        has_binds = bool(self.binds)
+
+        # What a session needs to know is set here: by the constructors it would take one more of ours.
+        def make_routing(**more: Any) -> Session:
+            opened: Any = routing(**more)
+            opened.routing = self
+            if has_choice:
+                opened.has_choice = True
+            return opened  # type: ignore[no-any-return]
 
         def make(**more: Any) -> Session:
             scope = current.get(None)
-            home = scope if isinstance(scope, RoutedScope) else None
-            # Not by the constructors, which would need one more of ours for it.
-            if has_binds or (home is not None and home.is_safe()):
-                opened = cast(RoutingSession, routing(**more))
-                opened.routing = self
-                if has_choice:
-                    opened.has_choice = True
-            else:
-                opened = cast(RoutingSession, on_primary(**more))
-            if home is not None:
-                opened.home = home
-            return opened
+            if not isinstance(scope, RoutedScope):
+                return make_routing(**more) if has_binds else on_primary(**more)
+            opened: Any = make_routing(**more) if has_binds or scope.is_safe() else on_primary(**more)
+            opened.home = scope
+            return opened  # type: ignore[no-any-return]
 
-        return make
+        return make_routing if self.replicas is None else make
 
     def sources(self) -> list[EngineSource]:
         """Of all but the default engine."""
@@ -156,7 +157,8 @@ class RoutedScope(Scope):
         environ = self.environ
         if mark is not None and environ is not None:
             headers = [*headers, self.owner.routing.replicas.marker.header(mark, environ)]
-        return super().start(status, headers, exc_info)
+        # Not super(), which makes an object of its own first.
+        return Scope.start(self, status, headers, exc_info)
 
     def _may_be_written(self, opened: Session) -> bool:
         # The public names for what a flush would write make sets of it, whether or not there is any.
