@@ -21,7 +21,7 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.functions import next_value
 
 from .engines import EngineSource, read_source
-from .errors import ConfigurationError, nearest
+from .errors import ConfigurationError, nearest, shown
 
 __all__ = ["DEFAULT", "find_bind_key", "key_of", "read_binds", "unknown_bind_key"]
 
@@ -43,10 +43,8 @@ def read_binds(binds: Any) -> dict[str, EngineSource]:
         )
     sources = {}
     for key, given in binds.items():
-        if not isinstance(key, str) or not key.isprintable() or not key.strip():
-            raise ConfigurationError("binds", f"must have names as keys, got {key!r}.")
-        if "://" in key:
-            raise ConfigurationError("binds", "must have names as keys, got a URL.")
+        if not isinstance(key, str) or not key.isprintable() or not key.strip() or "://" in key:
+            raise ConfigurationError("binds", f"must have names as keys, got {shown(key)}.")
         if key == DEFAULT:
             raise ConfigurationError("binds", "is the engine of everything without a bind key: give it as 'bind'.", key)
         sources[key] = read_source(f"binds[{key!r}]", given)

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 from sqlalchemy import URL, Connection, Engine, text
 from sqlalchemy.pool import AssertionPool, Pool, QueuePool, StaticPool
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, shown
 
 __all__ = ["Capacity", "EngineCapacity", "ServerLimit", "aligned", "ask_limit", "server_of"]
 
@@ -65,7 +65,7 @@ class Capacity(tuple[EngineCapacity, ...]):
         """
         for name, number in (("processes", processes), ("threads", threads)):
             if type(number) is not int or number < 1:
-                raise ConfigurationError(name, f"must be a whole number from 1, got {number!r}.")
+                raise ConfigurationError(name, f"must be a whole number from 1, got {shown(number)}.")
         made = cls(_capacity(name, engine, processes, threads) for name, engine in engines.items())
         made.processes, made.threads = processes, threads
         made.total = sum({engines[each.name].pool: each.total for each in made}.values())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from werkzeug.local import Local, LocalManager, release_local
 
-from .errors import ScopeError
+from .errors import ScopeError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,7 +132,7 @@ class Scope(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         if name == "application" and self.session is not None and value is not self.get(name):
             raise ScopeError(
-                f"local.application cannot become {value!r} while a session of {self.get(name)!r} is open:"
+                f"local.application cannot become {shown(value)} while a session of {self.get(name)!r} is open:"
                 " call session.remove() first."
             )
         super().__setitem__(name, value)

@@ -35,7 +35,7 @@ from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.pool import QueuePool
 
-from .errors import ConfigurationError, nearest
+from .errors import ConfigurationError, nearest, shown
 from .forks import after_fork, check_process, has_unseen_forks, leave_to_parent
 from .settings import ENGINE_OPTIONS, check_types, copy_options
 from .watch import WatchedPool
@@ -241,7 +241,7 @@ def _check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigurationError("engine_options", f"must be a dict, got {type(options).__name__}.")
     for name in options:
         if not isinstance(name, str):
-            raise ConfigurationError("engine_options", f"must have names as keys, got {name!r}.")
+            raise ConfigurationError("engine_options", f"must have names as keys, got {shown(name)}.")
     check_types("engine_options", options, ENGINE_OPTIONS)
     return {name: copy_options(value) for name, value in options.items()}
 

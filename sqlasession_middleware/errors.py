@@ -5,10 +5,10 @@ Both say what was found and what to do next, and neither ever holds a password.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 
-__all__ = ["ConfigurationError", "ScopeError", "TransactionAborted", "nearest"]
+__all__ = ["ConfigurationError", "ScopeError", "TransactionAborted", "nearest", "shown"]
 
 
 class ScopeError(RuntimeError):
@@ -51,6 +51,12 @@ class ConfigurationError(ValueError):
         if self.key is not None:
             name += self.key if name.endswith(".") else f".{self.key}"
         return ConfigurationError(f"{name!r}{place}", self.problem)
+
+
+def shown(value: object) -> str:
+    """What was found, as an error shows it: a URL in a wrong place may have a password in it, and is not repeated."""
+    text = repr(value)
+    return "a URL" if isinstance(value, Collection) and "://" in text else text
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ from .capacity import Capacity
 from .closing import ListScopeIterator, ScopeContext, finish, respond, respond_joined
 from .context import ENDED, RUNNING, WAITING, Scope, current
 from .engines import EngineSource
-from .errors import ConfigurationError, nearest
+from .errors import ConfigurationError, nearest, shown
 from .files import call_with_file_wrapper
 from .forks import checking
 from .marks import Marker
@@ -321,10 +321,10 @@ def _wrap(parameter: str, wrapper: Callable[..., WSGIApplication], app: WSGIAppl
 
 def _read_streams(content_types: Any) -> frozenset[str]:
     if isinstance(content_types, str) or not isinstance(content_types, Collection):
-        raise ConfigurationError("streams", f"must be a list of content types, got {content_types!r}.")
+        raise ConfigurationError("streams", f"must be a list of content types, got {shown(content_types)}.")
     for each in content_types:
         if not isinstance(each, str) or each.count("/") != 1 or ";" in each:
-            raise ConfigurationError("streams", f"must hold content types such as 'text/csv', got {each!r}.")
+            raise ConfigurationError("streams", f"must hold content types such as 'text/csv', got {shown(each)}.")
     return frozenset(each.strip().lower() for each in content_types)
 
 
@@ -337,11 +337,13 @@ def _read_session_options(options: Mapping[str, Any] | None) -> tuple[type[Sessi
     kept = {name: copy_options(value) for name, value in options.items()}
     session_class = kept.pop("class_", Session)
     if not (isinstance(session_class, type) and issubclass(session_class, Session)):
-        raise ConfigurationError("session_options", f"must be a subclass of Session, got {session_class!r}.", "class_")
+        raise ConfigurationError(
+            "session_options", f"must be a subclass of Session, got {shown(session_class)}.", "class_"
+        )
     parameters = inspect.signature(session_class).parameters
     for name in kept:
         if not isinstance(name, str):
-            raise ConfigurationError("session_options", f"must have names as keys, got {name!r}.")
+            raise ConfigurationError("session_options", f"must have names as keys, got {shown(name)}.")
         if name in ("bind", "binds"):
             raise ConfigurationError("session_options", "is for the middleware to set: give it as 'bind'.", name)
         if name not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
@@ -352,5 +354,6 @@ def _read_session_options(options: Mapping[str, Any] | None) -> tuple[type[Sessi
         try:
             Session(**kept)  # Opens nothing; a class of the user's own may do anything, and is not tried.
         except Exception as error:
-            raise ConfigurationError("session_options", f"are refused by Session: {error}") from None
+            said = "got a URL." if "://" in str(error) else error
+            raise ConfigurationError("session_options", f"are refused by Session: {said}") from None
     return session_class, kept

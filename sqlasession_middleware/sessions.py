@@ -19,7 +19,7 @@ from sqlalchemy.util import ScopedRegistry
 
 from .context import ENDED, WAITING, Scope, begin, current
 from .drivers import begin_writing, can_tell_writes, is_aborted
-from .errors import ScopeError, TransactionAborted
+from .errors import ScopeError, TransactionAborted, shown
 from .forks import after_fork, check_process, has_unseen_forks
 from .statements import is_read
 from .watch import attempts, read_only
@@ -309,7 +309,7 @@ def _find_maker(scope: Scope) -> Callable[..., Session]:
     if owner is None:
         raise ScopeError("No application is bound here any more: 'local.application' was deleted.")
     if not hasattr(owner, "database_engine"):
-        raise ScopeError(f"local.application is {owner!r}, which has no 'database_engine' to open a session on.")
+        raise ScopeError(f"local.application is {shown(owner)}, which has no 'database_engine' to open a session on.")
     engine = owner.database_engine
     return partial(session_class_for([engine.dialect.name], Session), engine)
 

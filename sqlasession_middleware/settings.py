@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.util import asbool
 
-from .errors import ConfigurationError, nearest
+from .errors import ConfigurationError, nearest, shown
 
 __all__ = ["ENGINE_OPTIONS", "SESSION_OPTIONS", "check_types", "copy_options", "ini_names", "read_settings"]
 
@@ -282,9 +282,7 @@ def _parse(setting: str, text: str, kind: Kind) -> Any:
         if kind in (DOTTED, DOTTED_OR_NONE, DOTTED_NAMES) and "://" not in text:
             why = f"{type(error).__name__}: {error}"
             raise ConfigurationError(setting, f"must be {kind.name}, got {text!r} ({why}).") from error
-        # A URL that has come to a wrong place may have a password in it.
-        found = "a URL" if "://" in text else repr(text)
-        raise ConfigurationError(setting, f"must be {kind.name}, got {found}.") from None
+        raise ConfigurationError(setting, f"must be {kind.name}, got {shown(text)}.") from None
 
 
 def _from_folder(text: str, folder: str | None) -> str | URL:
@@ -313,14 +311,14 @@ def check_types(parameter: str, options: Mapping[str, Any], kinds: Mapping[str, 
         # True is an int to Python, but nobody means a pool of True connections.
         if not isinstance(value, kind.types) or (isinstance(value, bool) and bool not in kind.types):
             # What should have been a dict may be a driver's connection string, with a password in it.
-            found = type(value).__name__ if dict in kind.types else repr(value)
+            found = type(value).__name__ if dict in kind.types else shown(value)
             raise ConfigurationError(parameter, f"must be {kind.name}, got {found}.", name)
 
 
 def check_seconds(parameter: str, seconds: Any) -> None:
     """:raises ConfigurationError: if a time is none."""
     if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
-        raise ConfigurationError(parameter, f"must be a number of seconds from 0, got {seconds!r}.")
+        raise ConfigurationError(parameter, f"must be a number of seconds from 0, got {shown(seconds)}.")
 
 
 def resolve_option(parameter: str, value: Any) -> Any:
@@ -331,7 +329,7 @@ def resolve_option(parameter: str, value: Any) -> Any:
     if isinstance(value, str):
         value = _parse(parameter, value, DOTTED)
     if value is not None and not callable(value):
-        raise ConfigurationError(parameter, f"must be callable, or {DOTTED.name}, got {value!r}.")
+        raise ConfigurationError(parameter, f"must be callable, or {DOTTED.name}, got {shown(value)}.")
     return value
 
 

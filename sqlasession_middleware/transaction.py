@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from . import answers
 from .bodies import HeldBody, close_quietly, content_length, first_chunk, iterate
 from .context import ENDED, WAITING, Scope, current
-from .errors import ConfigurationError, ScopeError
+from .errors import ConfigurationError, ScopeError, shown
 from .failures import Failure, classify
 from .files import is_file
 from .head import Head
@@ -104,7 +104,7 @@ class TransactionMiddleware:
         if not callable(app):
             raise ConfigurationError("app", f"must be a WSGI application, a callable, got {type(app).__name__}.")
         if type(attempts) is not int or attempts < 1:
-            raise ConfigurationError("attempts", f"must be a whole number from 1, got {attempts!r}.")
+            raise ConfigurationError("attempts", f"must be a whole number from 1, got {shown(attempts)}.")
         check_seconds("backoff_base", backoff_base)
         check_seconds("backoff_cap", backoff_cap)
         self.app = app
@@ -474,6 +474,6 @@ def _read_exceptions(given: Any) -> tuple[type[Exception], ...]:
     for each in given if isinstance(given, list | tuple | set | frozenset) else (given,):
         kind = resolve_option("retry_on", each)
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
-            raise ConfigurationError("retry_on", f"must be exception classes or their dotted names, got {each!r}.")
+            raise ConfigurationError("retry_on", f"must be exception classes or their dotted names, got {shown(each)}.")
         kinds.append(kind)
     return tuple(kinds)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from . import answers
 from .bodies import HeldBody, close_quietly, first_chunk, iterate
 from .context import ENDED, WAITING, Scope, current
-from .errors import ConfigurationError
+from .errors import ConfigurationError, shown
 from .failures import Failure
 from .files import is_file
 from .head import Head
@@ -48,7 +48,9 @@ class UnavailableMiddleware:
         if not callable(app):
             raise ConfigurationError("app", f"must be a WSGI application, a callable, got {type(app).__name__}.")
         if type(retry_after) is not int or retry_after < 0:
-            raise ConfigurationError("retry_after", f"must be a whole number of seconds from 0, got {retry_after!r}.")
+            raise ConfigurationError(
+                "retry_after", f"must be a whole number of seconds from 0, got {shown(retry_after)}."
+            )
         self.app = app
         self.retry_after = retry_after
         self._owner: object = None

@@ -23,6 +23,7 @@ from tests.wsgi import Environ, StartResponse, consume, environ, select_one
 from tests.wsgi import start_response as send_nothing
 
 SECRET = "hunter2-s3cret"
+LOST_URL = f"postgresql://me:{SECRET}@host/db"  # in the place of something else
 numbers = Table("test_engines_number", MetaData(), Column("number", Integer, primary_key=True))
 
 
@@ -70,6 +71,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "session value": ({"session_options": {"join_transaction_mode": "zzz"}}, "session_options are refused by Session"),
     "plugin": ({"bind": "sqlite://?plugin=nosuch"}, "cannot make an engine of sqlite: .*plugins:"),
     "metadata": ({"metadata": numbers}, "metadata must be a MetaData, .* got Table"),
+    "URL for a number": ({"engine_options": {"pool_size": LOST_URL}}, "must be a whole number, got a URL"),
+    "URL for a switch": ({"session_options": {"autoflush": LOST_URL}}, "must be true or false, got a URL"),
+    "URL for a class": ({"session_options": {"class_": LOST_URL}}, "a subclass of Session, got a URL"),
+    "URL for a word": ({"session_options": {"join_transaction_mode": LOST_URL}}, "are refused by Session: got a URL"),
+    "URL for a name": ({"session_options": {(LOST_URL,): 1}}, "must have names as keys, got a URL"),
+    "URL for seconds": ({"replicas": ["sqlite://"], "replica_retry": LOST_URL}, "of seconds from 0, got a URL"),
+    "URL for attempts": ({"transaction": {"attempts": LOST_URL}}, "a whole number from 1, got a URL"),
+    "URL for a veto": ({"transaction": {"commit_veto": (LOST_URL,)}}, "must be callable, .* got a URL"),
+    "URL for an error": ({"transaction": {"retry_on": [LOST_URL]}}, r"\['retry_on'\] must be .*, got a URL"),
+    "URL for the 503": ({"unavailable": {"retry_after": LOST_URL}}, "of seconds from 0, got a URL"),
+    "URL for streams": ({"streams": LOST_URL}, "must be a list of content types, got a URL"),
+    "URL for a stream": ({"streams": [LOST_URL]}, "must hold content types such as 'text/csv', got a URL"),
+    "URL for a bind": ({"binds": {LOST_URL: "sqlite://"}}, "binds must have names as keys, got a URL"),
     "app": ({"app": None}, "app must be a WSGI application, a callable, got NoneType"),
 }
 
