@@ -227,7 +227,8 @@ def _load(path: str, name: str) -> tuple[Any, list[SQLASessionMiddleware]]:
         try:
             app = loadapp(f"config:{os.path.abspath(path)}", name=name or None)
         except (Exception, SystemExit) as error:
-            _refuse(f"{path}{'#' * bool(name)}{name} cannot be loaded: {type(error).__name__}: {error}")
+            said = _said_of_ini(error) if isinstance(error, configparser.Error) else f"{type(error).__name__}: {error}"
+            _refuse(f"{path}{'#' * bool(name)}{name} cannot be loaded: {said}")
     if not applications:
         _refuse(f"no 'use = egg:sqlasession_middleware' is part of {path}{'#' * bool(name)}{name}.")
     for application in applications:
@@ -254,8 +255,24 @@ def _section(path: str, name: str) -> Mapping[str, str]:
     try:
         parser.read(path)
         return dict(parser[name]) if parser.has_section(name) else {}
-    except (configparser.Error, UnicodeError) as error:
-        _refuse(f"{path} is no ini file: {' '.join(str(error).split())}")
+    except configparser.Error as error:
+        _refuse(f"{path} is no ini file: {_said_of_ini(error)}")
+    except UnicodeError as error:
+        _refuse(f"{path} is no ini file: {error}")
+
+
+def _said_of_ini(error: configparser.Error) -> str:
+    """What is wrong with an ini, on one line. The parser's own words repeat values, and passwords with them."""
+    if isinstance(error, configparser.InterpolationMissingOptionError):
+        return f"{error.option!r} of [{error.section}] needs {error.reference!r}, which is nowhere."
+    if isinstance(error, configparser.InterpolationError):
+        return f"{error.option!r} of [{error.section}] has a '%' that begins no '%(name)s': write '%%' if it is meant."
+    if isinstance(error, configparser.MissingSectionHeaderError):
+        return f"line {error.lineno} stands before the first [section]."
+    if isinstance(error, configparser.ParsingError):
+        number = getattr(error, "lineno", None) or error.errors[0][0]
+        return f"line {number} is no 'key = value'."
+    return " ".join(str(error).split())
 
 
 def _first_number(section: Mapping[str, str], names: Iterable[str], default: int) -> int:

@@ -124,6 +124,17 @@ def test_check_of_several_applications_and_of_one_by_name(ini):
     assert "shop.db" not in check(f"{path}#other").stdout
 
 
+def written(text: str, encoding: str = "utf-8"):
+    """An ini of these lines alone."""
+
+    def write(ini) -> str:
+        path = Path(ini({}))
+        path.write_text(text, encoding=encoding)
+        return str(path)
+
+    return write
+
+
 EXITS = "[app:exits]\npaste.app_factory = tests.paste_apps:exits\n"
 
 #: What cannot be checked, and what is said of it.
@@ -148,8 +159,20 @@ REFUSED = {
     ),
     "lost value": (
         lambda ini: ini({"sqlalchemy.url": "sqlite://"}, "[server:main]\nworkers = %(lost)s"),
-        "is no ini file: ",
+        "is no ini file: 'workers' of [server:main] needs 'lost', which is nowhere.",
     ),
+    "single %": (
+        lambda ini: ini({"sqlalchemy.url": "postgresql+psycopg://shop:p%40secret@db/shop"}),
+        "cannot be loaded: 'sqlalchemy.url' of [filter-app:main] has a '%' that begins no '%(name)s': write '%%'",
+    ),
+    "single % in the defaults": (
+        lambda ini: ini({"sqlalchemy.url": "sqlite://"}, "[DEFAULT]\nurl = p%40secret\n[server:main]\nworkers = 1"),
+        "is no ini file: 'url' of [server:main] has a '%' that begins no '%(name)s': write '%%'",
+    ),
+    "no section": (written("sqlalchemy.url = mysql://:secret@db\n"), "is no ini file: line 1 stands before the first"),
+    "no value": (written("[main]\n//shop-secret@db\n"), "is no ini file: line 2 is no 'key = value'."),
+    "not UTF-8": (written("[main]\nkey = \N{POUND SIGN}\n", "latin-1"), "is no ini file: 'utf-8' codec"),
+    "a section twice": (written("[main]\n[main]\n"), "is no ini file: While reading from '/"),
     "no middleware": (
         lambda ini: ini({"sqlalchemy.url": "sqlite://"}) + "#shop",
         "error: no 'use = egg:sqlasession_mid",
@@ -163,6 +186,16 @@ def test_check_refuses(ini, name):
     done = check(path(ini))
     assert done.exit_code == 2
     assert said in done.stderr
+    assert "secret" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["single %", "single % in the defaults", "no section", "no value"])
+def test_no_password_of_an_ini_is_shown_when_that_cannot_be_read(ini, name):
+    path, _ = REFUSED[name]
+    done = command("create", path(ini))
+    assert done.exit_code == 2
+    assert "cannot be loaded: " in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_command_is_installed():
