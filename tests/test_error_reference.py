@@ -1,0 +1,746 @@
+"""The reference of errors: each of its messages is provoked, and no message of the package is missing there."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import inspect
+import itertools
+import logging
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+from click.testing import Result
+from docutils import nodes
+from docutils.core import publish_doctree
+from sqlalchemy import MetaData, create_engine, select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+import sqlasession_middleware
+from sqlasession_middleware import SQLASessionMiddleware, application, doom, local, local_manager, session, settings
+from sqlasession_middleware.request import Request
+from sqlasession_middleware.testing import assert_queries, no_leaks
+from sqlasession_middleware.transaction import TransactionMiddleware
+
+from . import test_cli
+from .conftest import DATABASES_SEEN
+from .test_cli import check, command
+from .test_engines import REFUSED
+from .test_request import Guest
+from .test_routing import break_replica
+from .test_transaction import ITEMS, NO_WAIT, Deadlock, add, answer, tables
+from .test_unavailable import call, closed_port, lets_it_pass
+from .wsgi import Environ, StartResponse, consume, environ, select_one, start_response
+
+pytest_plugins = ["pytester"]
+
+PAGE = Path(__file__).parent.parent / "docs" / "errors.rst"
+
+
+class Message(NamedTuple):
+    """A message as the page has it, or as somebody gets to see it.
+
+    :param kind: an exception's class, or one of "logged as a warning", "exit code 2", "status 503" and their like.
+    """
+
+    kind: str
+    text: str
+
+    def covers(self, seen: Message) -> bool:
+        """Whether this entry of the page is about what was seen."""
+        pattern = ".*".join(map(re.escape, self.text.split("…")))
+        return self.kind == seen.kind and re.fullmatch(pattern, seen.text, re.DOTALL) is not None
+
+
+def read_page() -> list[Message]:
+    """What the page has: the literals of the terms of its definitions, and what stands behind the colon."""
+    # Sphinx's own directives and roles are errors to docutils, and of no interest here.
+    page = publish_doctree(PAGE.read_text(encoding="utf-8"), settings_overrides={"report_level": 5, "halt_level": 6})
+    return [
+        Message(kinds[0].astext() if (kinds := list(item.findall(nodes.classifier))) else "ConfigurationError",
+                literal.astext())
+        for item in page.findall(nodes.definition_list_item)
+        for literal in item.children[0].findall(nodes.literal)
+    ]  # fmt: skip
+
+
+ENTRIES = read_page()
+
+
+def best(seen: Message) -> Message | None:
+    """The entry that says most of what was seen."""
+    return max((entry for entry in ENTRIES if entry.covers(seen)), key=lambda entry: len(entry.text), default=None)
+
+
+# -- what provokes each of them
+
+#: By the message of the page. What one returns may be the result of a command, or a response.
+PROVOKERS: dict[str, Callable[..., Any]] = {}
+
+
+def provokes(message: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(provoke: Callable[..., Any]) -> Callable[..., Any]:
+        PROVOKERS[message] = provoke
+        return provoke
+
+    return register
+
+
+def nothing(environ: Environ, start: StartResponse) -> list[bytes]:
+    return answer(start)
+
+
+ini = test_cli.ini
+
+
+@pytest.fixture
+def make(sqlite_url: str) -> Iterator[Callable[..., SQLASessionMiddleware]]:
+    """Makes applications on a SQLite file with a table, unless another URL is given."""
+    made: list[SQLASessionMiddleware] = []
+
+    def make(app: Any = nothing, bind: Any = sqlite_url, **options: Any) -> SQLASessionMiddleware:
+        made.append(SQLASessionMiddleware(app, bind, **{"metadata": tables, **options}))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.dispose()
+
+
+@pytest.fixture
+def postgresql_url() -> str:
+    return DATABASES_SEEN.url("postgresql", "")
+
+
+class FailingSession(Session):
+    """It cannot be closed, nor rolled back."""
+
+    def close(self) -> None:
+        super().close()
+        raise ValueError("close")
+
+    def rollback(self) -> None:
+        raise ValueError("rollback")
+
+
+FAILING = {"class_": FailingSession}
+
+#: Arguments of the constructor. Some are from the table of another test, which knows more of what is refused.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "… must be true or false, got …": REFUSED["not true"][0],
+    "… must be true, false or 'debug', got …": {"engine_options": {"echo": 5}},
+    "… must be a whole number, got …": REFUSED["not whole"][0],
+    "… must be a whole number from 1, got …": {"transaction": {"attempts": 0}},
+    "… must be a whole number of seconds from 0, got …": {"unavailable": {"retry_after": 0.5}},
+    "… must be a number of seconds, got …": REFUSED["not seconds"][0],
+    "… must be a number of seconds from 0, got …": {"replicas": ["sqlite://"], "replica_retry": -1},
+    "… must be a dict, got …": REFUSED["connect_args"][0],
+    "… must have names as keys, got …": REFUSED["engine option's name"][0],
+    "… must be callable, or the dotted name of …, got …": {"transaction": {"activate": 5}},
+    "… must be exception classes or their dotted names, got …": {"transaction": {"retry_on": [print]}},
+    "… must be a WSGI application, a callable, got …": REFUSED["app"][0],
+    "… must be true, false or a dict of options, got …": {"transaction": "yes"},
+    "… must be a MetaData, such as a declarative Base.metadata, or several, got …": REFUSED["metadata"][0],
+    "… must be a subclass of Session, got …": REFUSED["session class"][0],
+    "… are refused by Session: …": REFUSED["session value"][0],
+    "… must be a list of content types, got …": {"streams": "text/csv"},
+    "… must hold content types such as 'text/csv', got …": {"streams": ["csv"]},
+    "… is not an option…": {"transaction": {"atempts": 3}},
+    "… is not an option of …": REFUSED["session option"][0],
+    "… is not an option of create_engine() for …": REFUSED["engine option"][0],
+    "… is missing: it is the database URL.": {"binds": {"audit": {"pool_size": 1}}},
+    "… is for the middleware to set: give it as 'bind'.": REFUSED["session bind"][0],
+    "… is the engine of everything without a bind key: give it as 'bind'.": {"binds": {"default": "sqlite://"}},
+    "… must be a dict of databases by their bind keys, got …": {"binds": ["sqlite://"]},
+    "… must be a list of databases, got …": {"replicas": "sqlite://"},
+    "… cannot be used with replicas: no replica can prepare a transaction.": {
+        "replicas": ["sqlite://"],
+        "session_options": {"twophase": True},
+    },
+    "… must be a URL string, a URL or an Engine, got …": REFUSED["no text"][0],
+    "… must be a database URL such as 'sqlite:///shop.db', got … characters without '://'.": REFUSED["no scheme"][0],
+    "… is no URL that SQLAlchemy can read: …": REFUSED["@ in the password"][0],
+    "… names …, which SQLAlchemy has no dialect for…": REFUSED["old name"][0],
+    "… needs the driver of …, which cannot be imported (…): install it.": REFUSED["driver not installed"][0],
+    "… names the driver …, which is for asyncio: WSGI needs one that is not.": REFUSED["asyncio"][0],
+    "… names the SQLite file …, but there is no folder …": REFUSED["no folder"][0],
+    "… cannot make an engine of …": REFUSED["bad driver argument"][0],
+    "… is refused by create_engine() for …": {"engine_options": {"echo": "loud"}},
+    "… cannot change an Engine that is made already: give a URL.": {
+        "bind": create_engine("sqlite://"),
+        "engine_options": {"pool_size": 1},
+    },
+}
+
+#: Settings of an ini, beside a URL. No text is no setting at all.
+INI: dict[str, dict[str, Any]] = {
+    "… must be …, which an ini cannot hold: set it in Python.": {"session.info": "{}"},
+    "… must be a string, as in an ini file, got …": {"sqlalchemy.pool_size": 5},
+    "… must be the dotted name of …, got …": {"sqlalchemy.poolclass": "NoPool"},
+    "… must be none, or the dotted name of …, got …": {"transaction.activate": "no.such:thing"},
+    "… must be dotted names of …, got …": {"metadata": "no.such:metadata"},
+    "… is not a setting of this middleware…": {"sesion.autoflush": "true"},
+    "… is not a setting: the URLs are those of …": {"sqlalchemy.replicas.url": "sqlite://"},
+    "… must be …binds.NAME.url, or an engine option in place of url.": {"sqlalchemy.binds.audit": "sqlite://"},
+    "… is missing: set it to a database URL, …": {"sqlalchemy.url": ""},
+    "… is missing, but there are options for it.": {"sqlalchemy.replicas.pool_size": "1"},
+}
+
+
+def construct(arguments: dict[str, Any]) -> Callable[[], object]:
+    return lambda: SQLASessionMiddleware(**{"app": nothing, "bind": "sqlite://", **arguments})
+
+
+def configure(given: dict[str, Any]) -> Callable[[], object]:
+    config = {key: value for key, value in {"sqlalchemy.url": "sqlite://", **given}.items() if value != ""}
+    return lambda: SQLASessionMiddleware.from_config(nothing, config)
+
+
+PROVOKERS.update({message: construct(arguments) for message, arguments in ARGUMENTS.items()})
+PROVOKERS.update({message: configure(given) for message, given in INI.items()})
+
+
+# Use of the session.
+
+
+@provokes("No application is bound here, so 'session' has no scope: …")
+def use_session_outside() -> None:
+    select_one()
+
+
+@provokes("No application is bound here: this code runs outside of a request, or its request is over. …")
+def use_application_outside() -> None:
+    application.engine  # noqa: B018  # it is an error to ask
+
+
+@provokes("The request is over, so 'session' has no scope any more: …")
+def outlive_the_request(make: Any) -> None:
+    kept = []
+
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        kept.append(copy_context())
+        return answer(start)
+
+    consume(make(app)(environ(), start_response))
+    kept[0].run(select_one)
+
+
+@provokes("The request ended while 'session' was being opened.")
+def open_at_the_end(make: Any) -> None:
+    making, ended = threading.Event(), threading.Event()
+
+    class Slow(Session):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            making.set()
+            assert ended.wait(timeout=30)
+
+    with ThreadPoolExecutor(1) as pool:
+        with make(session_options={"class_": Slow}).context():
+            opening = pool.submit(copy_context().run, session)
+            assert making.wait(timeout=30)
+        ended.set()
+        opening.result()
+
+
+@provokes("local.application cannot become … while a session of … is open: call session.remove() first.")
+def bind_another(make: Any) -> None:
+    with make().context():
+        session()
+        local.application = make()
+
+
+@provokes("local.application is …, which has no 'database_engine' to open a session on.")
+def bind_a_text() -> None:
+    local.application = "shop"
+    try:
+        session()
+    finally:
+        local_manager.cleanup()
+
+
+@provokes("No application is bound here any more: 'local.application' was deleted.")
+def delete_the_application(make: Any) -> None:
+    with make().context():
+        del local.application
+        session()
+
+
+@provokes("session.configure(…) would change the sessions of every application: …")
+def configure_the_session() -> None:
+    session.configure(autoflush=False)
+
+
+@provokes("This context of … is entered already: call context() for each 'with'.")
+def enter_twice(make: Any) -> None:
+    context = make().context()
+    with context, context:
+        pass
+
+
+@provokes("… has the bind key …, and no bind of the application has that name…")
+def name_an_unknown_bind(make: Any) -> None:
+    with make(binds={"audit": "sqlite://"}).context():
+        session.execute(text("SELECT 1"), bind_arguments={"bind_key": "audti"})
+
+
+@provokes("The metadata has no tables, so init_database() creates none: …")
+def create_nothing(make: Any) -> None:
+    make(metadata=MetaData()).init_database()
+
+
+@provokes("There is no … of that key.")
+def get_nothing(make: Any) -> None:
+    with make().context():
+        Request.blank("/").get_or_404(Guest, "no number")
+
+
+@provokes("There is nothing of that kind.")
+def find_nothing(make: Any) -> None:
+    app = make(metadata=Guest.metadata)
+    app.init_database()
+    with app.context():
+        Request.blank("/").one_or_404(select(Guest))
+
+
+# Transactions.
+
+
+@provokes("TransactionMiddleware has no session to commit: …")
+def stand_alone() -> None:
+    TransactionMiddleware(nothing)(environ(), start_response)
+
+
+@provokes("doom() needs a transaction: …")
+def doom_nothing(make: Any) -> None:
+    with make().context():
+        doom()
+
+
+@provokes("The transaction cannot be committed: the database has given it up after an error …")
+def swallow_an_error(make: Any, postgresql_url: str) -> None:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        add()
+        with contextlib.suppress(IntegrityError):
+            session.execute(ITEMS.insert().values(id=session.scalar(select(ITEMS.c.id)), name="again"))
+        return answer(start)
+
+    wrapped = make(app, postgresql_url, transaction=True)
+    wrapped.drop_database()
+    wrapped.init_database()
+    try:
+        call(wrapped)
+    finally:
+        wrapped.drop_database()
+
+
+def writing(environ: Environ, start: StartResponse) -> list[bytes]:
+    add()
+    return answer(start)
+
+
+@provokes("It is not known whether your change was saved: …")
+@provokes("It is not known whether a transaction was committed: …")
+def cut_a_commit_short(make: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, str], bytes]:
+    """A worker's timeout, for example, raises wherever the code is at that moment."""
+
+    def do_commit(connection: Any) -> None:
+        raise TimeoutError("the worker's")
+
+    wrapped = make(writing, transaction=True)
+    wrapped.init_database()
+    monkeypatch.setattr(wrapped.engine.dialect, "do_commit", do_commit)
+    return call(wrapped)
+
+
+@provokes("Attempt … of … at … … failed and is repeated in … s: …")
+def fail_once(make: Any) -> None:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        if environ["sqlasession.attempt"] == 1:
+            raise Deadlock("serialize")
+        return answer(start)
+
+    call(make(app, transaction={"attempts": 2, **NO_WAIT}))
+
+
+@provokes("A transaction could not be rolled back: its connection is given up")
+@provokes("A session could not be closed")
+def fail_to_roll_back(make: Any) -> None:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        select_one()
+        raise KeyError("application")
+
+    call(make(app, transaction=True, session_options=FAILING))
+
+
+# A database out of reach, replicas.
+
+
+@provokes("The database cannot be reached at the moment. Please try again later.")
+@provokes("The database is out of reach: … … is answered with 503")
+def find_no_server(make: Any) -> tuple[str, dict[str, str], bytes]:
+    return call(make(lets_it_pass, f"postgresql+psycopg://shop@127.0.0.1:{closed_port()}/shop", unavailable=True))
+
+
+@provokes("The replica … is out of reach, and is tried again after … s: …")
+@provokes("The replica … is back")
+def lose_a_replica(make: Any) -> None:
+    app = make(lets_it_pass, replicas=["sqlite://"], replica_retry=0, unavailable=True)
+    broken = break_replica(app)
+    call(app)
+    broken.clear()
+    call(app)
+
+
+# Responses and streams.
+
+
+class Body:
+    """One that cannot be closed."""
+
+    def __init__(self, steps: Iterator[bytes]) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self.steps
+
+    def close(self) -> None:
+        raise ValueError("close")
+
+
+def fails_at_its_end(environ: Environ, start: StartResponse) -> Body:
+    select_one()
+    start("200 OK", [])
+    return Body(iter([b"x"]))
+
+
+def fails_throughout(environ: Environ, start: StartResponse) -> Body:
+    start("200 OK", [])
+    return Body(1 / 0 for _ in "x")
+
+
+@provokes("A response or context of … was dropped with its session open: …")
+@provokes("A finisher of a response of … that was dropped failed")
+def drop_a_response(make: Any) -> None:
+    make(fails_at_its_end)(environ(), start_response)
+
+
+@provokes("A finisher of … failed: …")
+def fail_in_a_step_and_after_it(make: Any) -> None:
+    consume(make(fails_throughout)(environ(), start_response))
+
+
+@provokes("The body of a failed response could not be closed")
+def fail_and_be_replaced(make: Any) -> None:
+    call(make(fails_throughout, transaction=True))
+
+
+@provokes("A connection of a session that could not be closed was given up")
+def fail_to_give_back(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unclosed(Session):
+        def close(self) -> None:
+            raise ValueError("close")
+
+    with make(session_options={"class_": Unclosed}).context():
+        connection = session.connection()
+        monkeypatch.setattr(connection, "invalidate", lambda: 1 / 0)
+    connection.close()
+
+
+@provokes("The session of a dropped shell scope could not be closed")
+def leave_a_shell(make: Any) -> None:
+    local.application = make(session_options=FAILING)
+    select_one()
+    local_manager.cleanup()
+
+
+@provokes("start_response() was called a second time without exc_info.")
+def start_twice(make: Any) -> None:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        start("200 OK", [])
+        return answer(start)
+
+    call(make(app, transaction=True))
+
+
+@provokes("The application returned a body, but it has not called start_response().")
+def start_never(make: Any) -> None:
+    call(make(lambda environ, start: [b"x"], transaction=True))
+
+
+# The command.
+
+
+@provokes("sqlasession needs …: pip install 'sqlasession_middleware[cli]'")
+def do_without_click() -> subprocess.CompletedProcess[str]:
+    script = "import sys; sys.modules['click'] = None; import sqlasession_middleware.cli"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+
+
+#: Which case of the command's own tests provokes it.
+CHECKS = {
+    "error: there is no file …": "no file",
+    "error: … is no ini file: …": "lost value",
+    "error: … cannot be loaded: …": "wrong setting",
+    "error: no 'use = egg:sqlasession_middleware' is part of …": "no middleware",
+    "error: … of [server:main] must be a whole number from 1, got …": "not a number",
+}
+
+
+def refused(case: str) -> Callable[[Any], Result]:
+    return lambda ini: check(test_cli.REFUSED[case][0](ini))
+
+
+PROVOKERS.update({message: refused(case) for message, case in CHECKS.items()})
+
+
+@provokes("error: … has … applications with a database: pick one by its name, …")
+def open_a_shell_of_two(ini: Any) -> Result:
+    other = "paste.filter_app_factory = sqlasession_middleware.paste:main\nnext = main\nsqlalchemy.url = sqlite://\n"
+    return command("shell", ini({"sqlalchemy.url": "sqlite://"}, f"[filter-app:other]\n{other}") + "#other")
+
+
+@provokes("error: … does not answer: …")
+def check_a_port(ini: Any) -> Result:
+    return check(ini({"sqlalchemy.url": f"postgresql+psycopg://shop@127.0.0.1:{closed_port()}/shop"}))
+
+
+@provokes("error: …: up to … connections; max_connections is …")
+def check_too_many(ini: Any, postgresql_url: str) -> Result:
+    return check(ini({"sqlalchemy.url": postgresql_url.replace("%", "%%")}), "--processes", "100000")
+
+
+@provokes("error: nothing was dropped.")
+def refuse_to_drop(ini: Any) -> Result:
+    return command("drop", ini({"sqlalchemy.url": "sqlite://"}), said="n\n")
+
+
+@provokes("error: waitress is not installed: pip install waitress")
+def serve_without_waitress(ini: Any, monkeypatch: pytest.MonkeyPatch) -> Result:
+    monkeypatch.setitem(sys.modules, "waitress.server", None)
+    return command("serve", ini({"sqlalchemy.url": "sqlite://"}))
+
+
+@provokes("error: waitress cannot listen: …")
+def serve_nowhere(ini: Any) -> Result:
+    return command("serve", ini({"sqlalchemy.url": "sqlite://"}), "--host", "256.256.256.256")
+
+
+# Tests.
+
+
+@provokes("… statements were expected, and … were sent:…")
+def miss_a_query() -> None:
+    with assert_queries(1):
+        pass
+
+
+@provokes("… connections were taken and not given back. Taken here:…")
+def leak(sqlite_engine: Any) -> None:
+    kept = []
+    try:
+        with no_leaks():
+            kept.append(sqlite_engine.connect())
+    finally:
+        kept.pop().close()
+
+
+@provokes("define a fixture 'sqlasession_app' that returns the SQLASessionMiddleware to test.")
+def run_pytest_without_an_application(pytester: pytest.Pytester) -> None:
+    caught: list[BaseException] = []
+
+    class Catching:
+        def pytest_exception_interact(self, call: pytest.CallInfo[object]) -> None:
+            caught.append(call.excinfo.value)
+
+    pytester.makepyfile("def test_it(isolated_app): pass")
+    pytester.inline_run("-p", "no:cacheprovider", plugins=[Catching()])
+    raise caught[0]
+
+
+# -- what is seen of it
+
+
+def told(record: logging.LogRecord) -> Message:
+    return Message(f"logged as {'an' if record.levelname[0] in 'EI' else 'a'} {record.levelname.lower()}",
+                   record.getMessage())  # fmt: skip
+
+
+def shown(answered: Any) -> list[Message]:
+    """What a command has written, or the body of a response."""
+    if answered is None:
+        return []
+    if isinstance(answered, tuple):
+        status, _, body = answered
+        return [Message(f"status {status[:3]}", line.strip()) for line in body.decode().splitlines()]
+    code = answered.exit_code if isinstance(answered, Result) else answered.returncode
+    return [Message(f"exit code {code}", line) for line in answered.stderr.splitlines()]
+
+
+def observe(provoke: Callable[..., Any], request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Any:
+    """All that somebody gets to see of what a function provokes."""
+    arguments = {name: request.getfixturevalue(name) for name in inspect.signature(provoke).parameters}
+    seen: list[Message] = []
+    caplog.set_level(logging.DEBUG, "sqlasession_middleware")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            seen += shown(provoke(**arguments))
+        except Exception as error:
+            seen.append(Message(type(error).__name__, str(error)))
+    seen += [Message(each.category.__name__, str(each.message)) for each in warned]
+    return seen + [told(record) for record in caplog.records if record.name.startswith("sqlasession_middleware.")]
+
+
+def test_each_message_of_the_page_is_provoked_and_no_other() -> None:
+    messages = [entry.text for entry in ENTRIES]
+    assert sorted(messages) == sorted(set(messages))
+    assert set(messages) == set(PROVOKERS)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=[entry.text for entry in ENTRIES])
+def test_message_is_the_one_of_the_page(
+    entry: Message, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = observe(PROVOKERS[entry.text], request, caplog)
+    assert entry in map(best, seen), seen
+
+
+# -- what the package has
+
+#: What stands for a value that is not known from the source.
+UNKNOWN = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+#: What options have to be: as far as they can be wrong, the page has an entry for each.
+KINDS = [each for each in vars(settings).values() if isinstance(each, settings.Kind)]
+
+
+def can_be_wrong(kind: settings.Kind) -> bool:
+    try:
+        return bool(kind.types) or (kind.parse is not None and kind.parse("no such thing") is None)
+    except Exception:
+        return True
+
+
+KNOWN = {
+    "kind.name": [kind.name for kind in KINDS if can_be_wrong(kind)],
+    "DOTTED.name": [settings.DOTTED.name],
+}
+
+
+class Reader(ast.NodeVisitor):
+    """Finds the messages that a module can raise, log, warn of or exit with."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.found: list[tuple[int, Message]] = []
+        self._assigned: dict[str, list[ast.expr]] = {}
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        outer = self._assigned
+        self._assigned = {}
+        for each in ast.walk(node):
+            if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name):
+                self._assigned.setdefault(each.targets[0].id, []).append(each.value)
+        self.generic_visit(node)
+        self._assigned = outer
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        for each in node.body:  # The pages of WebOb have their texts so.
+            if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "explanation":
+                self._note(each, f"status {getattr(self.module, node.name).code}", each.value)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        name = ast.unparse(node.func)
+        called = self._resolve(name)
+        if isinstance(called, type) and issubclass(called, BaseException):
+            is_setting = called.__name__ == "ConfigurationError"
+            for message in node.args[is_setting : is_setting + 1]:
+                self._note(node, called.__name__, message, f"{UNKNOWN} " if is_setting else "")
+        elif name.startswith("logger."):
+            level = "error" if name == "logger.exception" else name.removeprefix("logger.")
+            self._note(node, f"logged as {'an' if level[0] in 'ei' else 'a'} {level}", node.args[0])
+        elif name == "warnings.warn":
+            self._note(node, ast.unparse(node.args[1]), node.args[0])
+        elif name in ("_fail", "_refuse"):
+            self._note(node, f"exit code {1 + (name == '_refuse')}", node.args[0], "error: ")
+        elif name == "sys.exit":
+            self._note(node, "exit code 1", node.args[0])
+        for keyword in node.keywords:
+            if keyword.arg == "unbound_message":
+                self._note(node, "RuntimeError", keyword.value)
+        self.generic_visit(node)
+
+    def _resolve(self, name: str) -> object:
+        found: object = self.module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return found
+
+    def _note(self, node: ast.expr | ast.stmt, kind: str, message: ast.expr, before: str = "") -> None:
+        for each in self._texts(message):
+            # What is handed on, as it comes from elsewhere, is nothing to be looked up.
+            if re.search(r"\w", each):
+                self.found.append((node.lineno, Message(kind, before + each)))
+
+    def _texts(self, node: ast.expr) -> list[str]:
+        """What an expression may be, as far as it stands there."""
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return [re.sub(r"%[.\d]*[a-z]", UNKNOWN, node.value)]
+        if isinstance(node, ast.JoinedStr):
+            return ["".join(parts) for parts in itertools.product(*map(self._texts, node.values))]
+        if isinstance(node, ast.FormattedValue):
+            return KNOWN.get(ast.unparse(node.value), [UNKNOWN])
+        if isinstance(node, ast.Name) and node.id in self._assigned:
+            return [each for value in self._assigned[node.id] for each in self._texts(value)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "without_secrets":
+            return self._texts(node.args[0])
+        return [UNKNOWN]
+
+
+MODULES = sorted(path.stem for path in Path(sqlasession_middleware.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_message_of_the_source_is_on_the_page(name: str) -> None:
+    module = importlib.import_module(f"sqlasession_middleware.{name}".removesuffix(".__init__"))
+    reader = Reader(module)
+    reader.visit(ast.parse(inspect.getsource(module)))
+    assert [found for found in reader.found if best(found[1]) is None] == []
+
+
+def test_the_source_is_read() -> None:
+    """Each way in which something is said: a reader that finds nothing would find nothing missing."""
+    source = """
+def say(name):
+    problem = f"is {name}."
+    raise ConfigurationError("bind", problem)
+    raise ConfigurationError("bind", f"must be {kind.name}")
+    raise ScopeError("No scope" " here")
+    logger.exception("%s of %.3f", 1, 2)
+    logger.warning("Once")
+    raise error.renamed(name)
+"""
+    reader = Reader(importlib.import_module("sqlasession_middleware.errors"))
+    reader.visit(ast.parse(source))
+    said = [message for _, message in reader.found]
+    assert said[:1] == [Message("ConfigurationError", f"{UNKNOWN} is {UNKNOWN}.")]
+    assert Message("ConfigurationError", f"{UNKNOWN} must be a whole number") in said
+    assert said[-3:] == [
+        Message("ScopeError", "No scope here"),
+        Message("logged as an error", f"{UNKNOWN} of {UNKNOWN}"),
+        Message("logged as a warning", "Once"),
+    ]
