@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ._webob import HTTPInternalServerError, HTTPServiceUnavailable
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIApplication
+    from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
 
 __all__ = ["outcome_unknown", "unavailable"]
 
@@ -25,16 +25,23 @@ class OutcomeUnknownPage(HTTPInternalServerError):  # noqa: N818  # WebOb's page
     )
 
 
+def _without_html(body: str, status: str, title: str, environ: WSGIEnvironment) -> dict[str, str]:
+    """What WebOb makes the JSON of. Its message is the explanation, and lines that the HTML needs."""
+    return {"message": body.partition("<br />")[0], "code": status, "title": title}
+
+
 def unavailable(retry_after: int) -> WSGIApplication:
     """503.
 
     :param retry_after: seconds.
     """
-    page: WSGIApplication = UnavailablePage(headers=[("Retry-After", str(retry_after)), _NO_STORE])
+    page: WSGIApplication = UnavailablePage(
+        headers=[("Retry-After", str(retry_after)), _NO_STORE], json_formatter=_without_html
+    )
     return page
 
 
 def outcome_unknown() -> WSGIApplication:
     """500, without a Retry-After: what is repeated might be done twice."""
-    page: WSGIApplication = OutcomeUnknownPage(headers=[_NO_STORE])
+    page: WSGIApplication = OutcomeUnknownPage(headers=[_NO_STORE], json_formatter=_without_html)
     return page

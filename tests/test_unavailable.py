@@ -142,7 +142,11 @@ def test_page_is_what_the_client_accepts(accept: str | None, content_type: str) 
     assert headers["Retry-After"] == "3"
     assert int(headers["Content-Length"]) == len(body)
     if content_type == "application/json":
-        assert json.loads(body)["title"] == "Service Unavailable"
+        assert json.loads(body) == {
+            "title": "Service Unavailable",
+            "code": "503 Service Unavailable",
+            "message": "The database cannot be reached at the moment. Please try again later.",
+        }
 
 
 def test_page_has_no_body_when_only_its_head_is_asked_for() -> None:
