@@ -46,7 +46,7 @@ from .wsgi import Environ, StartResponse, consume, environ, select_one, start_re
 
 pytest_plugins = ["pytester"]
 
-PAGE = Path(__file__).parent.parent / "docs" / "errors.rst"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 class Message(NamedTuple):
@@ -64,14 +64,18 @@ class Message(NamedTuple):
         return self.kind == seen.kind and re.fullmatch(pattern, seen.text, re.DOTALL) is not None
 
 
+def parse(name: str) -> nodes.document:
+    """A page of the documentation. Sphinx's own directives and roles are errors to docutils, and of no interest."""
+    source = (DOCS / f"{name}.rst").read_text(encoding="utf-8")
+    return publish_doctree(source, settings_overrides={"report_level": 5, "halt_level": 6})
+
+
 def read_page() -> list[Message]:
     """What the page has: the literals of the terms of its definitions, and what stands behind the colon."""
-    # Sphinx's own directives and roles are errors to docutils, and of no interest here.
-    page = publish_doctree(PAGE.read_text(encoding="utf-8"), settings_overrides={"report_level": 5, "halt_level": 6})
     return [
         Message(kinds[0].astext() if (kinds := list(item.findall(nodes.classifier))) else "ConfigurationError",
                 literal.astext())
-        for item in page.findall(nodes.definition_list_item)
+        for item in parse("errors").findall(nodes.definition_list_item)
         for literal in item.children[0].findall(nodes.literal)
     ]  # fmt: skip
 
