@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sqlalchemy import Engine, text
 
 from .capacity import Capacity, ServerLimit, aligned, ask_limit, server_of
+from .engines import without_passwords_of_urls
 from .sessions import session
 
 if TYPE_CHECKING:
@@ -318,5 +319,6 @@ def _fail(problem: str) -> NoReturn:
 
 
 def _refuse(problem: str) -> NoReturn:
-    click.echo(f"error: {problem}", err=True)
+    # Before there is an engine nobody knows the passwords: an application's own error may hold its URL.
+    click.echo(f"error: {without_passwords_of_urls(problem)}", err=True)
     sys.exit(2)

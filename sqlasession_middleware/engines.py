@@ -40,7 +40,7 @@ from .forks import after_fork, check_process, has_unseen_forks, leave_to_parent
 from .settings import ENGINE_OPTIONS, check_types, copy_options
 from .watch import WatchedPool
 
-__all__ = ["EngineSource", "read_source", "without_secrets"]
+__all__ = ["EngineSource", "read_source", "without_passwords_of_urls", "without_secrets"]
 
 #: The names that people write for a database in a URL and that are none of its dialects'.
 DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite", "oracle", "mssql", "cockroachdb")
@@ -313,4 +313,9 @@ def without_secrets(text: str, url: URL, options: Mapping[str, Any]) -> str:
     for secret in sorted(secrets - {""}, key=len, reverse=True):
         for written in (secret, quote(secret, safe="")):
             text = text.replace(written, "***")
+    return without_passwords_of_urls(text)
+
+
+def without_passwords_of_urls(text: str) -> str:
+    """``text`` with stars for what stands where a URL has its password."""
     return re.sub(r":[^:@/\s]+@", ":***@", text)

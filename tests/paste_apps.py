@@ -67,3 +67,8 @@ def mount(loader: Any, global_conf: Any, **mounts: str) -> Any:
 def exits(global_conf: Any, **settings: str) -> Any:
     """A ``paste.app_factory`` that thinks that it is a program."""
     raise SystemExit(0)
+
+
+def breaks(global_conf: Any, **settings: str) -> Any:
+    """A ``paste.app_factory`` that fails, and shows its URL."""
+    raise ValueError("mysql://me:secret@db/shop")

@@ -135,11 +135,20 @@ def written(text: str, encoding: str = "utf-8"):
     return write
 
 
+BREAKS = "[app:breaks]\npaste.app_factory = tests.paste_apps:breaks\n"
 EXITS = "[app:exits]\npaste.app_factory = tests.paste_apps:exits\n"
 
 #: What cannot be checked, and what is said of it.
 REFUSED = {
     "no file": (lambda ini: "/nowhere/shop.ini", "error: there is no file '/nowhere/shop.ini'."),
+    "URL in place of a file": (
+        lambda ini: "mysql://me:secret@db/shop",
+        "error: there is no file 'mysql://me:***@db/shop'.",
+    ),
+    "error of the application": (
+        lambda ini: ini({"sqlalchemy.url": "sqlite://"}, BREAKS) + "#breaks",
+        "cannot be loaded: ValueError: mysql://me:***@db/shop",
+    ),
     "no ini": (lambda ini: __file__, f"error: {__file__} is no ini file: "),
     "no such application": (
         lambda ini: ini({"sqlalchemy.url": "sqlite://"}) + "#lost",
