@@ -1,0 +1,44 @@
+"""The page of the promises names tests for each of them, and each that it names exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "promises.rst"
+
+
+def named_tests() -> dict[str, list[tuple[str, str]]]:
+    """Promise -> the tests that the page names for it, each as its file and its name."""
+    heading = re.compile(r"^(G\d+) .+\n~+$", re.MULTILINE)
+    _, *parts = heading.split(PAGE.read_text(encoding="utf-8"))
+    promises: dict[str, list[tuple[str, str]]] = {}
+    for promise, text in zip(parts[::2], parts[1::2], strict=True):
+        tests = promises.setdefault(promise, [])
+        file = ""
+        for literal in re.findall(r"``([^`]+)``", text):
+            if re.fullmatch(r"tests/\S+\.py", literal):
+                file = literal
+            elif re.fullmatch(r"test_\w+|Test\w+", literal):
+                tests.append((file, literal))
+    return promises
+
+
+NAMED = named_tests()
+
+
+def test_each_promise_has_its_tests() -> None:
+    assert list(NAMED) == [f"G{number}" for number in range(1, 17)]
+    assert all(NAMED.values())
+
+
+@pytest.mark.parametrize(("file", "name"), sorted({each for named in NAMED.values() for each in named}))
+def test_test_exists_when_the_page_names_it(file: str, name: str) -> None:
+    module = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    assigned = [target for each in module.body if isinstance(each, ast.Assign) for target in each.targets]
+    defined = {each.name for each in module.body if isinstance(each, ast.FunctionDef | ast.ClassDef)}
+    assert name in defined | {target.id for target in assigned if isinstance(target, ast.Name)}
