@@ -13,6 +13,7 @@ extensions = ["sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"sqlasession_middleware {version}"
+pygments_dark_style = "github-dark"
 html_static_path = ["_static"]
 html_css_files = ["docs.css"]
 autodoc_typehints = "description"
