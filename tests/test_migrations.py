@@ -1,0 +1,648 @@
+"""What the guides for those who come from elsewhere say is different, asked of both.
+
+Each case is one application, built once on the peer and once on ours. docs/from_*.rst name the cases; what is the same
+on both sides is asserted in the pages themselves.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flask
+import flask_sqlalchemy
+import pytest
+import transaction
+import zope.sqlalchemy
+from repoze.tm import TM
+from sqlalchemy import Engine, ForeignKey, create_engine, event, insert, select, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_session, sessionmaker
+from webtest import TestApp as Browser  # Pytest would take it for a class of tests.
+
+from sqlasession_middleware import SQLASessionMiddleware, session
+from sqlasession_middleware.request import DatabaseRequest
+from tests.wsgi import Environ, StartResponse, consume, environ, start_response
+
+with warnings.catch_warnings():
+    # It imports pkg_resources, which warns of its end where setuptools is recent.
+    warnings.simplefilter("ignore")
+    from pyramid.config import Configurator
+    from pyramid.httpexceptions import HTTPBadRequest, HTTPFound
+    from pyramid.request import Request
+    from pyramid.response import Response
+    from pyramid_retry import mark_error_retryable
+
+DOCS = Path(__file__).parent.parent / "docs"
+FLASK, PYRAMID, REPOZE = "from_flask_sqlalchemy", "from_pyramid_tm", "from_repoze_tm2"
+
+App = Callable[[Environ, StartResponse], Iterable[bytes]]
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Guest(Base):
+    __tablename__ = "guest"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    host_id: Mapped[int | None] = mapped_column(ForeignKey("guest.id"))
+
+
+BEA_COMES = insert(Guest.__table__).values(name="Bea")
+
+
+class MarkedError(Exception):
+    """One that both are told to repeat."""
+
+
+mark_error_retryable(MarkedError)
+
+
+def make_commit_fail(current: Any) -> None:
+    """Leave a broken foreign key that SQLite looks at in COMMIT and not before."""
+    current.add(Guest(name="Eve"))
+    current.flush()
+    current.execute(text("PRAGMA defer_foreign_keys = ON"))  # For the transaction that is open now.
+    current.add(Guest(name="Orphan", host_id=999))
+
+
+class Side:
+    """One of the two, on an SQLite file."""
+
+    def __init__(self, who: str, folder: Path) -> None:
+        self.is_ours = who == "ours"
+        self.folder = folder
+        self.engine = self.make_engine()
+        Base.metadata.create_all(self.engine)
+        self.scoped = scoped_session(sessionmaker(self.engine))
+        if not self.is_ours:
+            zope.sqlalchemy.register(self.scoped)
+        self.flasks: list[flask.Flask] = []
+        #: what the application of repoze.tm2 uses
+        self.session = session if self.is_ours else self.scoped
+
+    def make_engine(self) -> Engine:
+        engine = create_engine(f"sqlite:///{self.folder}/guests.db", connect_args={"timeout": 0})
+
+        @event.listens_for(engine, "connect")
+        def check_foreign_keys(connection: Any, record: object) -> None:
+            connection.execute("PRAGMA foreign_keys = ON")
+
+        return engine
+
+    def names(self) -> list[str]:
+        with self.engine.connect() as connection:
+            return list(connection.scalars(select(Guest.name).order_by(Guest.id)))
+
+    @contextmanager
+    def rival(self) -> Iterator[Any]:
+        """A connection of somebody else's."""
+        engine = self.make_engine()
+        try:
+            with engine.connect() as connection:
+                yield connection
+        finally:
+            engine.dispose()
+
+    def is_locked(self) -> bool:
+        with self.rival() as connection:
+            try:
+                connection.execute(BEA_COMES)
+            except OperationalError:
+                return True
+            return False
+
+    def close(self) -> None:
+        transaction.abort()
+        self.scoped.remove()
+        self.engine.dispose()
+        for app in self.flasks:
+            if not self.is_ours:
+                with app.app_context():
+                    db.engine.dispose()
+
+    # The application, in each of the peers and in ours.
+
+    def repoze(self, app: App, **ours: Any) -> App:
+        if self.is_ours:
+            return SQLASessionMiddleware(app, self.engine, transaction=ours or True)
+        return TM(app)
+
+    def pyramid(
+        self,
+        view: Callable[[Any], Any],
+        configure: Callable[[Any], None] = lambda config: None,
+        *,
+        veto: str | None = None,
+        attempts: int = 1,
+    ) -> Browser:
+        factory = sessionmaker(self.engine)
+
+        def open_session(request: Any) -> Any:
+            opened = factory()
+            zope.sqlalchemy.register(opened, transaction_manager=request.tm)
+            return opened
+
+        class OurRequest(DatabaseRequest, Request):
+            pass
+
+        with Configurator() as config:
+            if self.is_ours:
+                config.set_request_factory(OurRequest)
+            else:
+                config.add_settings({"tm.manager_hook": "pyramid_tm.explicit_manager", "retry.attempts": attempts})
+                config.add_settings({"tm.commit_veto": veto} if veto else {})
+                config.include("pyramid_tm")
+                config.include("pyramid_retry")
+                config.add_request_method(open_session, "dbsession", reify=True)
+            config.add_route("any", "/*path")
+            config.add_view(view, route_name="any")
+            configure(config)
+        app = config.make_wsgi_app()
+        if self.is_ours:
+            options = {"attempts": attempts, "backoff_base": 0, "retry_on": MarkedError}
+            app = SQLASessionMiddleware(app, self.engine, transaction=options)
+        return Browser(app)
+
+    def flask(self, view: Callable[[], Any], url: str = "", **ours: Any) -> flask.Flask:
+        app = flask.Flask("guests")
+        app.testing = True  # What a view raises goes on.
+        self.flasks.append(app)
+        app.get("/")(view)
+        if self.is_ours:
+            app.wsgi_app = SQLASessionMiddleware(app.wsgi_app, url or self.engine, **ours)
+        else:
+            app.config["SQLALCHEMY_DATABASE_URI"] = url or self.engine.url
+            db.init_app(app)
+        return app
+
+    @property
+    def of_flask(self) -> Any:
+        return session if self.is_ours else db.session
+
+
+db = flask_sqlalchemy.SQLAlchemy(metadata=Base.metadata)
+
+
+@dataclass(frozen=True)
+class Case:
+    """:param term: of the page's list."""
+
+    page: str
+    term: str
+    run: Callable[[Side], Any]
+    theirs: Any
+    ours: Any
+
+
+CASES: list[Case] = []
+
+
+def case(page: str, term: str, *, theirs: Any, ours: Any) -> Callable[[Callable[[Side], Any]], Callable[[Side], Any]]:
+    def add(run: Callable[[Side], Any]) -> Callable[[Side], Any]:
+        CASES.append(Case(page, term, run, theirs, ours))
+        return run
+
+    return add
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What it returns, or the name of what it raises."""
+    try:
+        return call()
+    except Exception as error:
+        return type(error).__name__
+
+
+# -- Flask-SQLAlchemy
+
+
+def ask(app: flask.Flask) -> Any:
+    return outcome(lambda: app.test_client().get("/", buffered=True).text)
+
+
+@case(FLASK, "A streamed body has its session", theirs="RuntimeError", ours="no guests")
+def reads_in_a_stream(side: Side) -> Any:
+    def stream() -> Iterator[str]:
+        yield "no "
+        yield "guests" if side.of_flask.scalars(select(Guest.name)).all() == [] else "?"
+
+    return ask(side.flask(stream))
+
+
+@case(FLASK, "A streamed body has its session", theirs=["RuntimeError"], ours=[[]])
+def reads_when_the_response_is_closed(side: Side) -> list[Any]:
+    seen: list[Any] = []
+
+    def read() -> Any:
+        return side.of_flask.scalars(select(Guest.name)).all()
+
+    def view() -> flask.Response:
+        response = flask.make_response("done")
+        response.call_on_close(lambda: seen.append(outcome(read)))
+        return response
+
+    assert ask(side.flask(view)) == "done"
+    return seen
+
+
+@case(FLASK, "One session per request, not per application context", theirs="False", ours="True")
+def enters_another_application_context(side: Side) -> Any:
+    def view() -> str:
+        outer = side.of_flask()
+        with flask.current_app.app_context():
+            return str(side.of_flask() is outer)
+
+    return ask(side.flask(view))
+
+
+@case(FLASK, "An application context is not enough", theirs=[], ours="ScopeError")
+def works_outside_of_a_request(side: Side) -> Any:
+    with side.flask(lambda: "").app_context():
+        return outcome(lambda: side.of_flask.scalars(select(Guest.name)).all())
+
+
+@case(FLASK, "``session.remove()`` is no rollback where a transaction is in charge", theirs=[], ours=["Ada"])
+def removes_the_session_in_a_teardown(side: Side) -> list[str]:
+    def view() -> str:
+        side.of_flask.add(Guest(name="Ada"))
+        side.of_flask.flush()
+        return "done"
+
+    app = side.flask(view, **({"transaction": True} if side.is_ours else {}))
+    app.teardown_request(lambda error: side.of_flask.remove())
+    assert ask(app) == "done"
+    return side.names()
+
+
+@case(FLASK, "An SQLite file in a folder that does not exist", theirs="OperationalError", ours="ConfigurationError")
+def has_no_folder(side: Side) -> Any:
+    def view() -> str:
+        return str(side.of_flask.scalars(select(Guest.name)).all())
+
+    app = outcome(lambda: side.flask(view, f"sqlite:///{side.folder}/nowhere/guests.db"))
+    return app if isinstance(app, str) else ask(app)
+
+
+# -- pyramid_tm
+
+
+def status(app: Browser) -> Any:
+    return outcome(lambda: app.get("/", expect_errors=True).status_int)
+
+
+@case(PYRAMID, "The commit comes after Pyramid, not inside of it", theirs=[["Ada"]] * 2, ours=[[]] * 2)
+def calls_back(side: Side) -> list[Any]:
+    seen: list[Any] = []
+
+    def view(request: Any) -> Response:
+        request.add_response_callback(lambda request, response: seen.append(side.names()))
+        request.add_finished_callback(lambda request: seen.append(side.names()))
+        request.dbsession.add(Guest(name="Ada"))
+        return Response("done")
+
+    assert status(side.pyramid(view)) == 200
+    return seen
+
+
+@case(PYRAMID, "The commit comes after Pyramid, not inside of it", theirs=409, ours="IntegrityError")
+def cannot_commit(side: Side) -> Any:
+    def view(request: Any) -> Response:
+        make_commit_fail(request.dbsession)
+        return Response("done")
+
+    return status(
+        side.pyramid(view, lambda config: config.add_exception_view(lambda error, request: Response(status=409)))
+    )
+
+
+@case(PYRAMID, "A streamed body has its session", theirs="NoTransaction", ours=["Ada", "Bea"])
+def goes_on_in_a_stream(side: Side) -> Any:
+    def view(request: Any) -> Response:
+        def stream() -> Iterator[bytes]:
+            yield b"one, "
+            request.dbsession.add(Guest(name="Bea"))
+            request.dbsession.flush()
+            yield b"two"
+
+        request.dbsession.add(Guest(name="Ada"))
+        return Response(app_iter=stream())
+
+    found = status(side.pyramid(view))
+    return side.names() if found == 200 else found
+
+
+WAYS = {
+    "a redirect that is returned": lambda: HTTPFound("/"),
+    "a redirect that is raised": lambda: raise_(HTTPFound("/")),
+    "a 400 that is returned": HTTPBadRequest,
+    "a 400 that is raised": lambda: raise_(HTTPBadRequest()),
+    "an exception view's 200": lambda: raise_(ValueError()),
+    "an exception that nobody handles": lambda: raise_(KeyError()),
+}
+REDIRECTS = {"a redirect that is returned", "a redirect that is raised"}
+
+
+def raise_(error: Exception) -> Any:
+    raise error
+
+
+def stored_by(side: Side, veto: str | None) -> set[str]:
+    """Which of the ways leaves a row."""
+
+    def view(request: Any) -> Any:
+        way = request.path_info.strip("/")
+        request.dbsession.add(Guest(name=way))
+        request.dbsession.flush()
+        return WAYS[way]()
+
+    def page(error: Exception, request: Any) -> Response:
+        return Response("done")
+
+    app = side.pyramid(view, lambda config: config.add_exception_view(page, context=ValueError), veto=veto)
+    for way in WAYS:
+        outcome(lambda way=way: app.get(f"/{way}", expect_errors=True))
+    return set(side.names())
+
+
+@case(
+    PYRAMID,
+    "Only the status and the headers count",
+    theirs={"a redirect that is returned", "a 400 that is returned"},
+    ours={*REDIRECTS, "an exception view's 200"},
+)
+def stores_without_a_veto_there(side: Side) -> set[str]:
+    return stored_by(side, None)
+
+
+@case(
+    PYRAMID,
+    "Only the status and the headers count",
+    theirs={*REDIRECTS, "an exception view's 200"},
+    ours={*REDIRECTS, "an exception view's 200"},
+)
+def stores_with_the_default_veto_on_both_sides(side: Side) -> set[str]:
+    return stored_by(side, "pyramid_tm.default_commit_veto")
+
+
+@case(PYRAMID, "SQL is committed", theirs=[], ours=["Bea"])
+def sends_sql(side: Side) -> list[str]:
+    def view(request: Any) -> Response:
+        request.dbsession.execute(BEA_COMES)
+        return Response("done")
+
+    assert status(side.pyramid(view)) == 200
+    return side.names()
+
+
+@case(PYRAMID, "The application may commit", theirs=("AssertionError", []), ours=(200, ["Bea"]))
+def commits_by_itself(side: Side) -> tuple[Any, list[str]]:
+    def view(request: Any) -> Response:
+        request.dbsession.execute(BEA_COMES)
+        request.dbsession.commit()
+        return Response("done")
+
+    return status(side.pyramid(view)), side.names()
+
+
+@case(PYRAMID, "More is repeated", theirs=("OperationalError", 1), ours=(200, 2))
+def meets_a_busy_database(side: Side) -> tuple[Any, int]:
+    attempts = []
+    with side.rival() as rival:
+
+        def view(request: Any) -> Response:
+            attempts.append(request)
+            if len(attempts) == 1:
+                rival.execute(BEA_COMES)
+            else:
+                rival.rollback()
+            request.dbsession.add(Guest(name="Ada"))
+            request.dbsession.flush()
+            return Response("done")
+
+        return status(side.pyramid(view, attempts=3)), len(attempts)
+
+
+@case(PYRAMID, "More is repeated", theirs=3, ours=1)
+def makes_a_page_of_a_marked_error(side: Side) -> int:
+    attempts = []
+
+    def view(request: Any) -> Response:
+        attempts.append(request)
+        request.dbsession.add(Guest(name="Ada"))
+        raise MarkedError
+
+    def page(error: Exception, request: Any) -> Response:
+        return Response(status=500)
+
+    app = side.pyramid(view, lambda config: config.add_exception_view(page, context=MarkedError), attempts=3)
+    assert status(app) == 500
+    return len(attempts)
+
+
+@case(
+    PYRAMID,
+    "Each attempt finds the environ that the first one found",
+    theirs=[None, "left there"],
+    ours=[None, None],
+)
+def leaves_something_in_environ(side: Side) -> list[Any]:
+    seen: list[Any] = []
+
+    def view(request: Any) -> Response:
+        seen.append(request.environ.get("test.left"))
+        request.environ["test.left"] = "left there"
+        if len(seen) == 1:
+            raise MarkedError
+        return Response("done")
+
+    assert status(side.pyramid(view, attempts=3)) == 200
+    return seen
+
+
+# -- repoze.tm2
+
+
+def answer(start: StartResponse, status: str = "200 OK") -> list[bytes]:
+    start(status, [("Content-Type", "text/plain")])
+    return [b"done"]
+
+
+def call(app: App) -> bytes:
+    return consume(app(environ(), start_response))
+
+
+@case(
+    REPOZE,
+    "The commit comes before the end of the response, not after it",
+    theirs=([b"done"], "IntegrityError"),
+    ours=([], "IntegrityError"),
+)
+def sends_before_it_commits(side: Side) -> tuple[list[bytes], str]:
+    sent: list[bytes] = []
+
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        make_commit_fail(side.session)
+        return answer(start)
+
+    def serve() -> None:
+        for chunk in side.repoze(app)(environ(), start_response):
+            sent.append(chunk)
+
+    return sent, outcome(serve)
+
+
+@case(REPOZE, "The application is called at once", theirs=[], ours=["called"])
+def has_been_called(side: Side) -> list[str]:
+    seen: list[str] = []
+
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        seen.append("called")
+        return answer(start)
+
+    body = side.repoze(app)(environ(), start_response)
+    found = list(seen)
+    consume(body)
+    return found
+
+
+@case(REPOZE, "The body is closed", theirs=[], ours=["closed"])
+def closes_the_body(side: Side) -> list[str]:
+    seen: list[str] = []
+
+    class Body(list[bytes]):
+        def close(self) -> None:
+            seen.append("closed")
+
+    def app(environ: Environ, start: StartResponse) -> Body:
+        return Body(answer(start))
+
+    assert call(side.repoze(app)) == b"done"
+    return seen
+
+
+@case(REPOZE, "Whatever ends a request rolls it back", theirs=True, ours=False)
+def is_left_in_a_stream(side: Side) -> bool:
+    def app(environ: Environ, start: StartResponse) -> Iterator[bytes]:
+        answer(start)
+        side.session.add(Guest(name="Ada"))
+        side.session.flush()
+        yield b"one"
+        yield b"two"
+
+    body: Any = side.repoze(app)(environ(), start_response)
+    assert next(iter(body)) == b"one"
+    body.close()
+    return side.is_locked()
+
+
+@case(REPOZE, "Whatever ends a request rolls it back", theirs=True, ours=False)
+def exits(side: Side) -> bool:
+    def app(environ: Environ, start: StartResponse) -> Any:
+        side.session.add(Guest(name="Ada"))
+        side.session.flush()
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        call(side.repoze(app))
+    return side.is_locked()
+
+
+@case(REPOZE, "A session belongs to the request, not to the thread", theirs=["Bea"], ours=["Bea", "Ada"])
+def calls_another_one(side: Side) -> list[str]:
+    def inner(environ: Environ, start: StartResponse) -> list[bytes]:
+        side.session.add(Guest(name="Bea"))
+        return answer(start)
+
+    def outer(environ: Environ, start: StartResponse) -> list[bytes]:
+        side.session.add(Guest(name="Ada"))
+        call(side.repoze(inner))
+        return answer(start)
+
+    call(side.repoze(outer))
+    return side.names()
+
+
+@case(REPOZE, "A session belongs to the request, not to the thread", theirs=["Bea"], ours=["Bea", "Ada"])
+def streams_take_turns(side: Side) -> list[str]:
+    def app(environ: Environ, start: StartResponse) -> Iterator[bytes]:
+        answer(start)
+        side.session.add(Guest(name=environ["test.name"]))
+        yield b"one"
+        yield b"two"
+
+    repoze = side.repoze(app)
+    first: Any = repoze(environ(**{"test.name": "Ada"}), start_response)
+    steps = iter(first)
+    assert next(steps) == b"one"
+    assert consume(repoze(environ(**{"test.name": "Bea"}), start_response)) == b"onetwo"
+    assert list(steps) == [b"two"]
+    first.close()
+    return side.names()
+
+
+@case(REPOZE, "SQL is committed, and the application may commit", theirs=[], ours=["Bea"])
+def sends_sql_too(side: Side) -> list[str]:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        side.session.execute(BEA_COMES)
+        return answer(start)
+
+    assert call(side.repoze(app)) == b"done"
+    return side.names()
+
+
+@case(REPOZE, "SQL is committed, and the application may commit", theirs="AssertionError", ours=b"done")
+def commits_too(side: Side) -> Any:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        side.session.add(Guest(name="Ada"))
+        side.session.commit()
+        return answer(start)
+
+    return outcome(lambda: call(side.repoze(app)))
+
+
+def fails(side: Side, **ours: Any) -> list[str]:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        side.session.add(Guest(name="Ada"))
+        return answer(start, "500 Internal Server Error")
+
+    call(side.repoze(app, **ours))
+    return side.names()
+
+
+@case(REPOZE, "There is a default veto", theirs=["Ada"], ours=[])
+def fails_by_default(side: Side) -> list[str]:
+    return fails(side)
+
+
+@case(REPOZE, "There is a default veto", theirs=["Ada"], ours=["Ada"])
+def fails_without_a_veto(side: Side) -> list[str]:
+    return fails(side, commit_veto=None)
+
+
+# -- all of them
+
+
+@pytest.mark.parametrize("who", ["theirs", "ours"])
+@pytest.mark.parametrize("each", CASES, ids=lambda each: each.run.__name__)
+def test_does_what_the_guide_says_of_it(each: Case, who: str, tmp_path: Path) -> None:
+    side = Side(who, tmp_path)
+    try:
+        assert each.run(side) == getattr(each, who)
+    finally:
+        side.close()
+
+
+@pytest.mark.parametrize("page", [FLASK, PYRAMID, REPOZE])
+def test_every_difference_of_a_guide_is_a_case(page: str) -> None:
+    text_of_page = (DOCS / f"{page}.rst").read_text()
+    section = text_of_page.split("\nWhat behaves differently\n---")[1].split("\nWhat ")[0]
+    terms = re.findall(r"^(\S.*)\n(?= {4}\S)", section, re.MULTILINE)
+    assert sorted(terms) == sorted({each.term for each in CASES if each.page == page})
