@@ -396,7 +396,8 @@ class ScopeContext:
         if self._scope is not None:
             raise ScopeError(f"This context of {self._owner!r} is entered already: call context() for each 'with'.")
         watch_inner(self._owner)
-        self._scope = scope = Scope(self._values or (), application=self._owner)
+        make = getattr(self._owner, "context_scope", Scope)
+        self._scope = scope = make(self._values or (), application=self._owner)
         begin(scope)
         return session
 

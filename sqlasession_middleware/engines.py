@@ -24,7 +24,7 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
@@ -73,10 +73,11 @@ class EngineSource:
     :raises ConfigurationError: if they cannot make an engine. Nothing is connected to.
     """
 
-    __slots__ = ("_engine", "_options", "given", "url")
+    __slots__ = ("_engine", "_made", "_options", "given", "url")
 
     def __init__(self, bind: str | URL | Engine, options: Mapping[str, Any] | None = None) -> None:
         self._engine: Engine | None = None
+        self._made: Callable[[Engine], None] | None = None
         self._options: dict[str, Any] | None = None
         #: whether the user made the engine, and so disposes of it
         self.given = isinstance(bind, Engine)
@@ -105,9 +106,18 @@ class EngineSource:
         if self._engine is None:
             with _creating:
                 if self._engine is None:
-                    self._engine = self._make()
-                    _take_care(self._engine)
+                    engine = self._make()
+                    _take_care(engine)
+                    if self._made is not None:
+                        self._made(engine)
+                    self._engine = engine
         return self._engine
+
+    def when_made(self, made: Callable[[Engine], None]) -> None:
+        """Have ``made`` called with the engine as soon as there is one."""
+        if self._engine is not None:
+            made(self._engine)
+        self._made = made
 
     def dispose(self) -> None:
         """Close the pool, unless the user made the engine. The next use opens another one."""

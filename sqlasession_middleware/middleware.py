@@ -30,6 +30,7 @@ from .engines import EngineSource
 from .errors import ConfigurationError, nearest, shown
 from .files import call_with_file_wrapper
 from .forks import checking
+from .leaks import note_checkouts, reporting
 from .marks import Marker
 from .replicas import Replicas, read_replicas
 from .routing import RoutedScope, Routing
@@ -68,6 +69,8 @@ class SQLASessionMiddleware:
     :param read_your_writes: seconds for which a client that has written does not read from a replica of which it is not
         known whether it has the write.
     :param replica_retry: seconds after which a replica that was out of reach is tried again.
+    :param report_leaks: log the connections that a request took and did not give back:
+        :mod:`sqlasession_middleware.leaks`.
     :raises ConfigurationError: if a setting is wrong. The database is not contacted for that.
     """
 
@@ -86,6 +89,7 @@ class SQLASessionMiddleware:
         streams: Collection[str] = (),
         read_your_writes: float = 5.0,
         replica_retry: float = 10.0,
+        report_leaks: bool = False,
     ) -> None:
         if not callable(app):
             raise ConfigurationError("app", f"must be a WSGI application, a callable, got {type(app).__name__}.")
@@ -97,6 +101,10 @@ class SQLASessionMiddleware:
         if binds or replicas:
             self._route(binds, replicas, engine_options, read_your_writes, replica_retry)
         self.streams = _read_streams(streams)
+        if not isinstance(report_leaks, bool):
+            raise ConfigurationError("report_leaks", f"must be true or false, got {shown(report_leaks)}.")
+        if report_leaks:
+            self._report_leaks()
         # Inside of the scope, and in this order: a failure is answered only after the last attempt.
         app = _wrap("transaction", TransactionMiddleware, app, transaction)
         self._inner = _wrap("unavailable", UnavailableMiddleware, app, unavailable)
@@ -105,6 +113,8 @@ class SQLASessionMiddleware:
     routing: Routing | None = None
     #: what a request's scope is made of
     _new_scope: type[Scope] = Scope
+    #: and that of a context
+    context_scope: type[Scope] = Scope
 
     def _route(self, binds: Any, replicas: Any, engine_options: Any, read_your_writes: Any, replica_retry: Any) -> None:
         sources = read_binds(binds or {})
@@ -119,6 +129,14 @@ class SQLASessionMiddleware:
             balanced = Replicas(read_replicas(replicas, engine_options), marker, replica_retry)
             self._new_scope = RoutedScope
         self.routing = Routing(self._source, sources, balanced)
+
+    def _report_leaks(self) -> None:
+        self._new_scope, self.context_scope = reporting(self._new_scope), reporting(self.context_scope)
+        for source in self._sources():
+            source.when_made(note_checkouts)
+
+    def _sources(self) -> list[EngineSource]:
+        return [self._source, *(() if self.routing is None else self.routing.sources())]
 
     @classmethod
     def from_config(cls, app: WSGIApplication, config: Mapping[str, str], prefix: str = "sqlalchemy.") -> Self:
@@ -283,7 +301,7 @@ class SQLASessionMiddleware:
 
     def without_secrets(self, text: str) -> str:
         """``text``, such as what a driver says, with stars for all that may be a password of an engine."""
-        for source in (self._source, *(() if self.routing is None else self.routing.sources())):
+        for source in self._sources():
             text = source.without_secrets(text)
         return text
 

@@ -126,6 +126,7 @@ OTHER_SETTINGS: Mapping[str, Kind] = {
     "metadata": DOTTED_NAMES,
     "read_your_writes": SECONDS,
     "replica_retry": SECONDS,
+    "report_leaks": BOOLEAN,
     "streams": WORDS,
 }
 

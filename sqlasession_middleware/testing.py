@@ -11,16 +11,17 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import Context
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.pool import Pool
 
 from .drivers import begin_writing
+from .leaks import Checkouts
 from .middleware import SQLASessionMiddleware
 from .watch import read_only
 
@@ -72,7 +73,8 @@ class _Isolation:
     def _connection(self, engine: Engine) -> Connection:
         connection = self._connections.get(engine)
         if connection is None:
-            connection = self._connections[engine] = self._stack.enter_context(engine.connect())
+            # In no request's context: it is no leak of the one that happens to be first.
+            connection = self._connections[engine] = self._stack.enter_context(Context().run(engine.connect))
             self._stack.callback(connection.begin().rollback)
             if engine.dialect.name == "sqlite":
                 begin_writing(connection)  # Else Python's driver would commit the first savepoint.
@@ -119,32 +121,13 @@ def no_leaks() -> Iterator[None]:
 
     :raises AssertionError: if one is not; it shows where that was taken.
     """
-    taken: dict[ConnectionPoolEntry, traceback.StackSummary] = {}
-
-    def take(driver_connection: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
-        taken[record] = traceback.extract_stack()
-
-    def give_back(driver_connection: Any, record: ConnectionPoolEntry) -> None:
-        taken.pop(record, None)
-
-    listeners: tuple[tuple[str, Callable[..., None]], ...] = (
-        ("checkout", take), ("checkin", give_back), ("detach", give_back),
-    )  # fmt: skip
-    for name, listener in listeners:
-        event.listen(Pool, name, listener)
+    checkouts = Checkouts()
+    event.listen(Pool, "checkout", checkouts.note)
     try:
         yield
     finally:
-        for name, listener in listeners:
-            event.remove(Pool, name, listener)
-    if taken:
-        places = "\n\n".join("".join(_of_the_caller(stack)) for stack in taken.values())
-        raise AssertionError(f"{len(taken)} connections were taken and not given back. Taken here:\n\n{places}")
-
-
-def _of_the_caller(stack: traceback.StackSummary) -> list[str]:
-    """The stack without the libraries in between: a leak is the application's."""
-    inside = ("/sqlalchemy/", "/sqlasession_middleware/", "/_pytest/", "/pluggy/")
-    return traceback.StackSummary.from_list(
-        [frame for frame in stack if not any(part in frame.filename.replace("\\", "/") for part in inside)]
-    ).format()
+        event.remove(Pool, "checkout", checkouts.note)
+    stacks = checkouts.stacks()
+    if stacks:
+        places = "\n\n".join(stacks)
+        raise AssertionError(f"{len(stacks)} connections were taken and not given back. Taken here:\n\n{places}")

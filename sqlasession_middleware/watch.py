@@ -67,6 +67,9 @@ class Noted(NamedTuple):
 class WatchedPool(QueuePool):
     """SQLAlchemy's own pool, which has no event that tells when no connection became free in time."""
 
+    # SQLAlchemy names a pool's logger after the module: this one's is below "sqlalchemy.pool" as any other's.
+    __module__ = QueuePool.__module__
+
     def connect(self) -> Any:
         try:
             return super().connect()

@@ -421,3 +421,9 @@ def test_engine_that_was_used_before_it_was_given(sqlite_engine: Engine) -> None
     app = SQLASessionMiddleware(nothing, sqlite_engine)
     with app.engine.connect() as connection:
         assert connection.execute(text("SELECT 1")).scalar_one() == 1
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///shop.db", "postgresql+psycopg://localhost/shop"])
+def test_pool_logs_where_every_pool_does(url: str) -> None:
+    """A logger of the configuration, ``sqlalchemy.pool``, is for the pools of this library as well."""
+    assert wrap(url).engine.pool.logger.name.startswith("sqlalchemy.pool.")

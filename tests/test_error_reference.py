@@ -435,6 +435,14 @@ def fails_throughout(environ: Environ, start: StartResponse) -> Body:
     return Body(1 / 0 for _ in "x")
 
 
+@provokes("… of … has ended and not given back … of the connections that it took. Taken here:…")
+def keep_a_connection(make: Any) -> None:
+    app = make(report_leaks=True)
+    with app.context():
+        kept = app.engine.connect()
+    kept.close()
+
+
 @provokes("A response or context of … was dropped with its session open: …")
 @provokes("A finisher of a response of … that was dropped failed")
 def drop_a_response(make: Any) -> None:

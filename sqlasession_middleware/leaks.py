@@ -1,0 +1,115 @@
+"""Connections that a request took from a pool and did not give back, and where it took them.
+
+The session's own connection comes back with the end of each request. What the application takes beside it, with
+``app.engine.connect()`` or a Session of its own, it has to give back itself: what it forgets is missing in the pool,
+and one day the pool is empty. With ``report_leaks=True`` (in an ini ``report_leaks = true``) each request, and each
+``with app.context():``, that ends before its connections are back is logged as a warning, with the stack that took each
+of them. A connection that is meant to stay, such as one that listens for notifications, is better taken outside of
+requests, or detached from its pool.
+
+To remember the stacks costs some microseconds for each connection that is taken. Without the option it costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+from sqlalchemy import event
+
+from .context import ENDED, WAITING, Scope, current
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+__all__ = ["Checkouts", "note_checkouts", "reporting"]
+
+logger = logging.getLogger(__name__)
+
+_noting: WeakSet[Engine] = WeakSet()
+
+#: What is between the application and the pool: a leak is the application's.
+_NOT_THE_CALLER = ("/sqlalchemy/", "/sqlasession_middleware/", "/_pytest/", "/pluggy/")
+
+
+class Checkouts:
+    """The connections that somebody has taken from pools."""
+
+    def __init__(self) -> None:
+        # By the pool's record: a pool has no more of them than connections, however often each is taken.
+        self._taken: WeakKeyDictionary[
+            ConnectionPoolEntry, tuple[ref[PoolProxiedConnection], traceback.StackSummary]
+        ] = WeakKeyDictionary()
+
+    def note(self, driver_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+        """Listener of a pool's ``checkout``."""
+        # The lines of the sources are read only where they are shown.
+        stack = traceback.StackSummary.extract(traceback.walk_stack(None), lookup_lines=False)
+        stack.reverse()
+        self._taken[record] = ref(proxy), stack
+
+    def stacks(self) -> list[str]:
+        """Where those were taken that are not back, as Python shows a stack. A detached one is its pool's no more."""
+        left = [(taken(), stack) for taken, stack in list(self._taken.values())]
+        return [
+            "".join(_of_the_caller(stack).format())
+            for proxy, stack in left
+            if proxy is not None and proxy.is_valid and not proxy.is_detached
+        ]
+
+
+def _of_the_caller(stack: traceback.StackSummary) -> traceback.StackSummary:
+    return traceback.StackSummary.from_list(
+        [frame for frame in stack if not any(part in frame.filename.replace("\\", "/") for part in _NOT_THE_CALLER)]
+    )
+
+
+class ReportingScope(Scope):
+    """A scope that knows which connections were taken in it, and tells of those that are not back when it ends."""
+
+    checkouts: Checkouts | None = None
+
+    def clear(self) -> None:
+        """As any scope's. It is the last that is done at the end, when the session was removed."""
+        super().clear()
+        if self.state is not ENDED or self.checkouts is None:
+            return
+        stacks = self.checkouts.stacks()
+        if stacks:
+            environ = self.environ
+            logger.warning(
+                "%s of %r has ended and not given back %d of the connections that it took. Taken here:\n\n%s",
+                "A context" if environ is None else f"{environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')!r}",
+                self.owner,
+                len(stacks),
+                "\n\n".join(stacks),
+                extra={"application": self.owner},
+            )
+
+
+@cache
+def reporting(scope_class: type[Scope]) -> type[Scope]:
+    """``scope_class``, with a report of the connections that are not given back."""
+    return ReportingScope if scope_class is Scope else type(scope_class.__name__, (ReportingScope, scope_class), {})
+
+
+def note_checkouts(engine: Engine) -> None:
+    """Have the scopes that report know which connections of ``engine`` were taken in them."""
+    if engine not in _noting:
+        event.listen(engine, "checkout", _note_checkout)
+        _noting.add(engine)
+
+
+def _note_checkout(driver_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+    scope: Any = current.get(None)
+    while isinstance(scope, Scope):
+        if isinstance(scope, ReportingScope) and scope.state not in (WAITING, ENDED):
+            if scope.checkouts is None:
+                scope.checkouts = Checkouts()
+            scope.checkouts.note(driver_connection, record, proxy)
+            return
+        scope = scope.token.old_value if hasattr(scope, "token") else None
