@@ -201,7 +201,12 @@ def _interact(banner: str, names: dict[str, Any]) -> None:
     try:
         from IPython import start_ipython
     except ImportError:
-        code.interact(banner, local=names, exitmsg="")
+        try:
+            code.interact(banner, local=names, exitmsg="")
+        except SystemExit as leaving:
+            # exit() ends the shell as the end of its input does; sys.exit(1) gives up.
+            if leaving.code:
+                raise
     else:  # pragma: no cover  # where it is installed
         click.echo(banner)
         start_ipython(argv=["--no-banner", "--no-confirm-exit"], user_ns=names)

@@ -287,6 +287,20 @@ def test_shell(ini):
     assert "not committed" not in nothing.stdout
 
 
+@pytest.mark.parametrize(
+    ("leave", "exit_code", "kept"),
+    [("", 0, 1), ("exit()\n", 0, 1), ("raise SystemExit(0)\n", 0, 1), ("raise SystemExit(3)\n", 3, 0)],
+    ids=["the end of the input", "exit()", "success", "a failure"],
+)
+def test_shell_commits_when_it_is_left_by(ini, leave, exit_code, kept):
+    path = ini(SETTINGS)
+    command("create", path)
+    done = command("shell", path, "--commit", said=f"{IMPORT}{ADD}{leave}")
+    assert done.exit_code == exit_code
+    assert ("what was not committed is committed" in done.stdout) is bool(kept)
+    assert f"guests: {kept}" in command("shell", path, said=f"{IMPORT}{COUNT}").stdout
+
+
 class Lazy:
     """As Django's settings: whoever asks what it is wakes it up."""
 
