@@ -8,10 +8,15 @@ from tests.pages import close_page, evaluate_console, evaluate_file, evaluate_in
 
 #: What is shown there is read from top to bottom, and typed, a Python shell's lines too.
 TUTORIAL = "docs/tutorial.rst"
-#: Its ini files are complete.
+#: Its ini files are loaded.
 PASTE = "docs/paste.rst"
 
-everywhere = [SkipParser(), CodeBlockParser("python", evaluate_python), CodeBlockParser("console", evaluate_console)]
+everywhere = [
+    SkipParser(),
+    CodeBlockParser("python", evaluate_python),
+    CodeBlockParser("console", evaluate_console),
+    CodeBlockParser("text", evaluate_file),
+]
 files = CodeBlockParser("ini", evaluate_file)
 
 pytest_collect_file = SybilCollection(

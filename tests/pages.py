@@ -147,10 +147,12 @@ def evaluate_python(example: Example) -> None:
         run_python(example)
 
 
-def write_file(example: Example) -> Path | None:
+def write_file(example: Example) -> bool:
     """Write a file, if the block has a name."""
     name = example.region.lexemes["options"].get("caption")
-    return page_of(example).write(name, example.parsed) if name else None
+    if name:
+        page_of(example).write(name, example.parsed)
+    return bool(name)
 
 
 def evaluate_file(example: Example) -> None:
@@ -159,9 +161,11 @@ def evaluate_file(example: Example) -> None:
 
 
 def evaluate_ini(example: Example) -> None:
-    """Load the application of an ini file, as ``app``; the middleware of its ``egg:sqlasession_middleware`` is there
-    as ``applications``."""
-    path = write_file(example) or page_of(example).write("shop.ini", example.parsed)
+    """Write a file, if the block has a name. Otherwise load it: ``app`` is its application, and ``applications`` are
+    the middleware that ``egg:sqlasession_middleware`` stands for in it."""
+    if write_file(example):
+        return
+    path = page_of(example).write("shop.ini", example.parsed)
     with collected() as applications:
         example.namespace["app"] = loadapp(f"config:{path}")
     example.namespace["applications"] = applications
