@@ -8,21 +8,25 @@
     $ sqlasession check production.ini --processes 4 --threads 8
     $ sqlasession drop development.ini
 
-INI is a PasteDeploy file; ``#NAME`` behind it picks an application of it other than ``main``. Each command exits with 0
-if it did what it says, with 1 if it did not, and with 2 if the ini or an option cannot be used. What went wrong is
-written to the standard error output, behind ``error:``.
+INI is a PasteDeploy file; ``#NAME`` behind it picks an application of it other than ``main``. What it calls is looked
+for in the current folder as well. ``--set NAME=VALUE`` gives it what it refers to by ``%(NAME)s``; ``--set NAME`` takes
+the value from the environment variable of that name, where nobody reads it in the list of processes.
+
+Each command exits with 0 if it did what it says, with 1 if it did not, and with 2 if the ini or an option cannot be
+used. What went wrong is written to the standard error output, behind ``error:``.
 """
 
 from __future__ import annotations
 
 import code
 import configparser
+import logging.config
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from sqlalchemy import Engine, text
 
@@ -45,6 +49,52 @@ __all__ = ["main"]
 WAITRESS_THREADS = 4
 
 
+class Ini(NamedTuple):
+    """An ini file, and which of its applications is meant.
+
+    :param name: empty for ``main``.
+    :param given: what the file refers to by ``%(name)s``.
+    """
+
+    path: str
+    name: str
+    given: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.path}#{self.name}" if self.name else self.path
+
+
+#: where the context of a command has what ``--set`` has given
+GIVEN = f"{__name__}.given"
+
+
+def _read_given(context: click.Context, parameter: click.Parameter, values: Iterable[str]) -> None:
+    given = context.meta[GIVEN] = {}
+    for name, separator, value in (each.partition("=") for each in values):
+        if not separator and name not in os.environ:
+            _refuse(f"--set {name} finds no environment variable of that name: set it, or give {name}=VALUE.")
+        given[name] = value if separator else os.environ[name]
+
+
+def _read_ini(context: click.Context, parameter: click.Parameter, value: str) -> Ini:
+    path, _, name = value.partition("#")
+    return Ini(path, name, context.meta[GIVEN])
+
+
+def _of_an_ini(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of a command that takes an :class:`Ini`."""
+    given = click.option(
+        "--set",
+        metavar="NAME[=VALUE]",
+        multiple=True,
+        is_eager=True,  # It is read before the ini, wherever it stands.
+        expose_value=False,
+        callback=_read_given,
+        help="What the ini refers to by %(NAME)s; by itself, the value of that environment variable.",
+    )
+    return click.argument("ini", metavar="INI[#NAME]", callback=_read_ini)(given(command))
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sqlasession_middleware")
 def main() -> None:
@@ -55,21 +105,20 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("ini", metavar="INI[#NAME]")
+@_of_an_ini
 @click.option("--processes", type=click.IntRange(1), help="Processes that serve the application.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each process.")
-def check(ini: str, processes: int | None, threads: int | None) -> None:
+def check(ini: Ini, processes: int | None, threads: int | None) -> None:
     """Ping every engine, and compare what a deployment can open with what the servers admit.
 
     Processes and threads are those of the ini's [server:main], unless they are given. Exits with 1 if an engine does
     not answer, or if a server admits too few connections.
     """
-    path, name = _split(ini)
-    found = _server_settings(path)
+    found = _server_settings(ini)
     processes = processes or found["processes"]
     threads = threads or found["threads"]
-    _, applications = _load(path, name)
-    click.echo(f"{path}: {_count(processes, 'process', 'processes')} of {_count(threads, 'thread', 'threads')}")
+    _, applications = _load(ini)
+    click.echo(f"{ini.path}: {_count(processes, 'process', 'processes')} of {_count(threads, 'thread', 'threads')}")
     needed: dict[str, int] = {}
     limits: dict[str, ServerLimit | None] = {}
     troubles = []
@@ -97,10 +146,10 @@ def check(ini: str, processes: int | None, threads: int | None) -> None:
 
 
 @main.command()
-@click.argument("ini", metavar="INI[#NAME]")
-def create(ini: str) -> None:
+@_of_an_ini
+def create(ini: Ini) -> None:
     """Create the tables that are not there yet, of every application with a database."""
-    _, applications = _load(*_split(ini))
+    _, applications = _load(ini)
     for application in applications:
         click.echo(f"creating {_tables(application)} of {application!r} …")
         _try(application.init_database, application)
@@ -108,11 +157,11 @@ def create(ini: str) -> None:
 
 
 @main.command()
-@click.argument("ini", metavar="INI[#NAME]")
+@_of_an_ini
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def drop(ini: str, yes: bool) -> None:
+def drop(ini: Ini, yes: bool) -> None:
     """Drop all tables, with everything in them, of every application with a database."""
-    _, applications = _load(*_split(ini))
+    _, applications = _load(ini)
     if not yes and not all(click.confirm(f"Drop {_tables(each)} of {each!r}?") for each in applications):
         _fail("nothing was dropped.")
     for application in applications:
@@ -122,17 +171,17 @@ def drop(ini: str, yes: bool) -> None:
 
 
 @main.command()
-@click.argument("ini", metavar="INI[#NAME]")
+@_of_an_ini
 @click.option("--commit", is_flag=True, help="Commit on exit what was not committed; otherwise it is rolled back.")
-def shell(ini: str, commit: bool) -> None:
+def shell(ini: Ini, commit: bool) -> None:
     """Open a Python shell in the scope of an application.
 
     It has the session, the application, its metadata and all mapped classes ready. It is IPython's, where that is
     installed.
     """
-    _, applications = _load(*_split(ini))
+    _, applications = _load(ini)
     if len(applications) > 1:
-        _refuse(f"{ini} has {len(applications)} applications with a database: pick one by its name, {ini}#NAME.")
+        _refuse(f"{ini} has {len(applications)} applications with a database: pick one by its name, {ini.path}#NAME.")
     (application,) = applications
     names = {**_mapped_classes(), "session": session, "application": application, "metadata": application.metadata}
     with application.context():
@@ -144,17 +193,17 @@ def shell(ini: str, commit: bool) -> None:
 
 
 @main.command()
-@click.argument("ini", metavar="INI[#NAME]")
+@_of_an_ini
 @click.option("--host", help="The address to listen on; 127.0.0.1 unless [server:main] has another one.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), help="8080 unless [server:main] has another one; 0 is a free one."
 )
 @click.option("--threads", type=click.IntRange(1), help="4 unless [server:main] has another number.")
-def serve(ini: str, host: str | None, port: int | None, threads: int | None) -> None:
+def serve(ini: Ini, host: str | None, port: int | None, threads: int | None) -> None:
     """Serve an application with waitress, until Ctrl-C."""
-    path, name = _split(ini)
-    settings = _section(path, "server:main")
-    app, _ = _load(path, name)
+    settings = _section(ini, "server:main")
+    _log_as_told(ini)
+    app, _ = _load(ini)
     try:
         from waitress.server import create_server  # Not before somebody serves: the other commands do without it.
     except ImportError:
@@ -174,11 +223,6 @@ def serve(ini: str, host: str | None, port: int | None, threads: int | None) -> 
 def _serve(server: Any) -> None:  # pragma: no cover  # in a process of its own
     click.echo(f"serving on http://{server.effective_host}:{server.effective_port}/")
     server.run()
-
-
-def _split(ini: str) -> tuple[str, str]:
-    path, _, name = ini.partition("#")
-    return path, name
 
 
 def _tables(application: SQLASessionMiddleware) -> str:
@@ -224,27 +268,29 @@ def _said(error: BaseException, application: SQLASessionMiddleware) -> str:
     return application.without_secrets(" ".join(str(getattr(error, "orig", None) or error).split()))
 
 
-def _load(path: str, name: str) -> tuple[Any, list[SQLASessionMiddleware]]:
+def _load(ini: Ini) -> tuple[Any, list[SQLASessionMiddleware]]:
     from .paste import collected  # Not before somebody loads an application: it would make "--help" slow.
 
-    if not os.path.isfile(path):
-        _refuse(f"there is no file {path!r}.")
+    if not os.path.isfile(ini.path):
+        _refuse(f"there is no file {ini.path!r}.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # As gunicorn does: what is not installed can be called all the same.
     with collected() as applications:
         try:
-            app = loadapp(f"config:{os.path.abspath(path)}", name=name or None)
+            app = loadapp(f"config:{os.path.abspath(ini.path)}", name=ini.name or None, global_conf=_doubled(ini.given))
         except (Exception, SystemExit) as error:
             said = _said_of_ini(error) if isinstance(error, configparser.Error) else f"{type(error).__name__}: {error}"
-            _refuse(f"{path}{'#' * bool(name)}{name} cannot be loaded: {said}")
+            _refuse(f"{ini} cannot be loaded: {said}")
     if not applications:
-        _refuse(f"no 'use = egg:sqlasession_middleware' is part of {path}{'#' * bool(name)}{name}.")
+        _refuse(f"no 'use = egg:sqlasession_middleware' is part of {ini}.")
     for application in applications:
         click.get_current_context().call_on_close(application.dispose)
     return app, applications
 
 
-def _server_settings(path: str) -> Mapping[str, int]:
+def _server_settings(ini: Ini) -> Mapping[str, int]:
     """The processes and threads of an ini's [server:main], by the names that servers have for them."""
-    section = _section(path, "server:main")
+    section = _section(ini, "server:main")
     waitress = "waitress" in section.get("use", "")
     return {
         "processes": _first_number(section, ("workers", "processes"), 1),
@@ -253,18 +299,37 @@ def _server_settings(path: str) -> Mapping[str, int]:
     }  # fmt: skip
 
 
-def _section(path: str, name: str) -> Mapping[str, str]:
-    # As PasteDeploy reads it, with its two names.
-    place = {"here": os.path.dirname(os.path.abspath(path)), "__file__": os.path.abspath(path)}
-    parser = configparser.ConfigParser(defaults={key: value.replace("%", "%%") for key, value in place.items()})
+def _section(ini: Ini, name: str) -> Mapping[str, str]:
+    parser = configparser.ConfigParser(defaults=_defaults(ini))
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     try:
-        parser.read(path)
+        parser.read(ini.path)
         return dict(parser[name]) if parser.has_section(name) else {}
     except configparser.Error as error:
-        _refuse(f"{path} is no ini file: {_said_of_ini(error)}")
+        _refuse(f"{ini.path} is no ini file: {_said_of_ini(error)}")
     except UnicodeError as error:
-        _refuse(f"{path} is no ini file: {error}")
+        _refuse(f"{ini.path} is no ini file: {error}")
+
+
+def _defaults(ini: Ini) -> dict[str, str]:
+    """As PasteDeploy reads an ini: with two names of its own, and what was given."""
+    path = os.path.abspath(ini.path)
+    return _doubled({**ini.given, "here": os.path.dirname(path), "__file__": path})
+
+
+def _doubled(values: Mapping[str, str]) -> dict[str, str]:
+    """What is given is meant as it is, and begins no ``%(name)s``."""
+    return {name: value.replace("%", "%%") for name, value in values.items()}
+
+
+def _log_as_told(ini: Ini) -> None:
+    """Configure logging by the sections of the ini, if it has them."""
+    if _section(ini, "loggers"):
+        try:
+            logging.config.fileConfig(ini.path, _defaults(ini), disable_existing_loggers=False)
+        except Exception as error:
+            said = _said_of_ini(error) if isinstance(error, configparser.Error) else f"{type(error).__name__}: {error}"
+            _refuse(f"the loggers of {ini.path} cannot be configured: {said}")
 
 
 def _said_of_ini(error: configparser.Error) -> str:

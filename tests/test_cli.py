@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -353,6 +354,54 @@ def test_serve(ini, tmp_path):
                 assert response.read() == b"Ada"
         finally:
             server.terminate()
+
+
+def test_names_of_the_ini_are_given(ini, tmp_path, monkeypatch):
+    """By hand, or by the environment; what is given is taken as it is."""
+    monkeypatch.setenv("folder", str(tmp_path))
+    path = ini({**SETTINGS, "sqlalchemy.url": "sqlite:///%(folder)s/%(name)s.db"}, "\n[server:main]\nuse = %(name)s\n")
+    for number, options in enumerate((["--set", "name=100%%x=y"], ["--set", "name=100%"])):
+        done = command("create", path, *options, "--set", "folder")
+        assert (done.exit_code, done.stderr) == (0, ""), number
+        assert (tmp_path / f"{options[1].removeprefix('name=')}.db").exists()
+    assert check("--set", "name=shop", "--set", "folder", path).exit_code == 0
+
+
+def test_what_an_ini_calls_may_lie_in_the_current_folder(tmp_path):
+    (tmp_path / "lying_there.py").write_text("from tests.paste_apps import guest_book as make\n")
+    (tmp_path / "shop.ini").write_text(
+        "[filter-app:main]\nuse = egg:sqlasession_middleware\nsqlalchemy.url = sqlite:///shop.db\nnext = shop\n"
+        "metadata = tests.paste_apps:metadata\n"
+        "[app:shop]\nuse = call:lying_there:make\n"
+    )
+    installed = Path(sys.executable).with_name("sqlasession")
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([installed, "create", "shop.ini"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_serve_logs_as_the_ini_says(ini, tmp_path):
+    sections = f"""
+[loggers]
+keys = root
+[handlers]
+keys = file
+[formatters]
+keys = plain
+[logger_root]
+level = INFO
+handlers = file
+[handler_file]
+class = FileHandler
+args = ('%(here)s/shop.log',)
+formatter = plain
+[formatter_plain]
+format = %(levelname)s {tmp_path.name}
+"""
+    script = "import sys; from sqlasession_middleware.cli import main; main(sys.argv[1:])"
+    arguments = [sys.executable, "-c", script, "serve", ini(SETTINGS, sections), "--host", "256.256.256.256"]
+    assert subprocess.run(arguments, stderr=subprocess.DEVNULL).returncode == 1
+    assert (tmp_path / "shop.log").exists()
 
 
 #: Options of "serve", and what is said of them.

@@ -534,6 +534,16 @@ def check_too_many(ini: Any, postgresql_url: str) -> Result:
     return check(ini({"sqlalchemy.url": postgresql_url.replace("%", "%%")}), "--processes", "100000")
 
 
+@provokes("error: --set … finds no environment variable of that name: set it, or give ….")
+def set_what_is_nowhere(ini: Any) -> Result:
+    return command("create", ini({"sqlalchemy.url": "sqlite://"}), "--set", "NO_SUCH_VARIABLE")
+
+
+@provokes("error: the loggers of … cannot be configured: …")
+def configure_no_loggers(ini: Any) -> Result:
+    return command("serve", ini({"sqlalchemy.url": "sqlite://"}, "[loggers]\nkeys = root\n"))
+
+
 @provokes("error: nothing was dropped.")
 def refuse_to_drop(ini: Any) -> Result:
     return command("drop", ini({"sqlalchemy.url": "sqlite://"}), said="n\n")
