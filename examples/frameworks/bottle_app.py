@@ -1,0 +1,49 @@
+"""Bottle, whose own error pages roll back as well.
+
+Run it in this folder, and sign::
+
+    bottle --bind 127.0.0.1:8000 bottle_app:app
+    curl --json '{"name": "Ada"}' http://127.0.0.1:8000/
+"""
+
+from bottle import Bottle, abort, request, response
+from guests import DATABASE_URL, Base, Guest
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+
+from sqlasession_middleware import SQLASessionMiddleware, session
+
+app = Bottle()
+
+
+@app.get("/")
+def list_guests():
+    return {"guests": [guest.as_dict() for guest in session.scalars(select(Guest).order_by(Guest.id))]}
+
+
+@app.post("/")
+def add_guest():
+    try:
+        guest = Guest.from_fields(request.forms.decode() if request.json is None else request.json)
+    except ValueError as error:
+        abort(400, str(error))
+    session.add(guest)
+    try:
+        session.flush()  # The guest has its number now. The commit comes when the request is known to be a success.
+    except IntegrityError:
+        abort(409, "There is a guest of that name.")  # As any 4xx or 5xx, it rolls back.
+    response.status = 201
+    response.set_header("Location", app.get_url("guest", number=guest.id))
+    return guest.as_dict()
+
+
+@app.get("/<number:re:[0-9]{1,9}>", name="guest")
+def show_guest(number):
+    guest = session.get(Guest, int(number))
+    if guest is None:
+        abort(404, "There is no such guest.")
+    return guest.as_dict()
+
+
+app = SQLASessionMiddleware(app, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
+app.init_database()
