@@ -13,15 +13,15 @@ from sqlalchemy.exc import IntegrityError
 
 from sqlasession_middleware import SQLASessionMiddleware, session
 
-app = Bottle()
+book = Bottle()
 
 
-@app.get("/")
+@book.get("/")
 def list_guests():
     return {"guests": [guest.as_dict() for guest in session.scalars(select(Guest).order_by(Guest.id))]}
 
 
-@app.post("/")
+@book.post("/")
 def add_guest():
     try:
         guest = Guest.from_fields(request.forms.decode() if request.json is None else request.json)
@@ -33,11 +33,11 @@ def add_guest():
     except IntegrityError:
         abort(409, "There is a guest of that name.")  # As any 4xx or 5xx, it rolls back.
     response.status = 201
-    response.set_header("Location", app.get_url("guest", number=guest.id))
+    response.set_header("Location", book.get_url("guest", number=guest.id))
     return guest.as_dict()
 
 
-@app.get("/<number:re:[0-9]{1,9}>", name="guest")
+@book.get("/<number:re:[0-9]{1,9}>", name="guest")
 def show_guest(number):
     guest = session.get(Guest, int(number))
     if guest is None:
@@ -45,5 +45,5 @@ def show_guest(number):
     return guest.as_dict()
 
 
-app = SQLASessionMiddleware(app, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
+app = SQLASessionMiddleware(book, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
 app.init_database()

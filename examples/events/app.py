@@ -1,0 +1,67 @@
+"""A page that shows what others write, as they write it: server-sent events.
+
+Run it in this folder, and open http://127.0.0.1:8000/ in two windows::
+
+    waitress-serve --listen 127.0.0.1:8000 --threads 50 app:app
+    gunicorn --bind 127.0.0.1:8000 --worker-class gthread --threads 50 app:app
+
+Each open page keeps a thread of the server. It keeps no connection: between two events that is back in the pool.
+"""
+
+import json
+from pathlib import Path
+from time import sleep
+
+from sqlalchemy import String, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from webob import Response
+from webob.dec import wsgify
+from webob.exc import HTTPBadRequest, HTTPMethodNotAllowed, HTTPNotFound
+
+from sqlasession_middleware import SQLASessionMiddleware, session
+
+PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Message(Base):
+    __tablename__ = "message"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str] = mapped_column(String(200))
+
+
+@wsgify
+def app(request):
+    match request.method, request.path_info:
+        case "GET", "/":
+            return Response(PAGE)
+        case "POST", "/":
+            text = request.POST.get("text", "")
+            if not text.isprintable() or not 1 <= len(text) <= 200:
+                raise HTTPBadRequest("A message has 1 to 200 printable characters.")
+            session.add(Message(text=text))
+            return Response(status=204)
+        case "GET", "/events":
+            # What a browser has seen last, when it comes back after its connection was lost.
+            last = request.headers.get("Last-Event-ID", "0")
+            if not last.isdecimal():
+                raise HTTPBadRequest("Last-Event-ID is a number.")
+            return Response(app_iter=events(int(last)), content_type="text/event-stream", cache_control="no-store")
+    raise HTTPNotFound if request.method == "GET" else HTTPMethodNotAllowed
+
+
+def events(last):
+    while True:
+        for message in session.scalars(select(Message).where(Message.id > last).order_by(Message.id)).all():
+            last = message.id
+            yield f"id: {last}\ndata: {json.dumps(message.text)}\n\n".encode()
+        # A comment: with it the connection goes back, and the server notices a reader who has left.
+        yield b": waiting\n\n"
+        sleep(1)
+
+
+app = SQLASessionMiddleware(app, "sqlite:///messages.db", metadata=Base.metadata, transaction=True, unavailable=True)
+app.init_database()
