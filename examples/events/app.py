@@ -47,8 +47,8 @@ def app(request):
         case "GET", "/events":
             # What a browser has seen last, when it comes back after its connection was lost.
             last = request.headers.get("Last-Event-ID", "0")
-            if not last.isdecimal():
-                raise HTTPBadRequest("Last-Event-ID is a number.")
+            if not last.isdecimal() or len(last) > 9:
+                raise HTTPBadRequest("Last-Event-ID is the number of an event.")
             return Response(app_iter=events(int(last)), content_type="text/event-stream", cache_control="no-store")
     raise HTTPNotFound if request.method == "GET" else HTTPMethodNotAllowed
 
