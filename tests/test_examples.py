@@ -9,6 +9,7 @@ import runpy
 import shutil
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -56,7 +57,9 @@ PAGES = sorted(
 @contextmanager
 def imported(folder: Path, name: str) -> Iterator[ModuleType]:
     """A module as it is for who stands in its folder; nothing of that folder stays imported."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # Pyramid imports it, and it warns of its end where setuptools is recent.
+        warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
         patch.syspath_prepend(str(folder))
         try:
             yield importlib.import_module(name)

@@ -1,0 +1,170 @@
+"""The examples on their servers, started by the commands that they show."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import gunicorn
+import pytest
+
+from .servers import PATIENCE, ROOT, free_port
+from .test_preload import BAD_NEWS
+
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sysconfig.get_path("scripts")
+
+#: Each example's commands: they end, but for the last one, which serves.
+COMMANDS = {
+    "frameworks/flask_app.py": ["flask --app flask_app run --port 8000"],
+    "frameworks/pyramid_app.py": ["waitress-serve --listen 127.0.0.1:8000 pyramid_app:app"],
+    "frameworks/falcon_app.py": ["waitress-serve --listen 127.0.0.1:8000 falcon_app:app"],
+    "frameworks/bottle_app.py": ["bottle --bind 127.0.0.1:8000 bottle_app:app"],
+    "frameworks/django_app.py": ["python django_app.py runserver 8000"],
+    "frameworks/webob_app.py": ["waitress-serve --listen 127.0.0.1:8000 webob_app:app"],
+    "migrations/development.ini": [
+        "export PYTHONPATH=.",
+        "alembic -c development.ini upgrade head",
+        "sqlasession serve development.ini",
+    ],
+    "opentelemetry_app.py": ["waitress-serve --listen 127.0.0.1:8000 opentelemetry_app:app"],
+}
+EVENTS = [
+    "waitress-serve --listen 127.0.0.1:8000 --threads 50 app:app",
+    "gunicorn --bind 127.0.0.1:8000 --worker-class gthread --threads 50 app:app",
+]
+DEPLOYED = {"gunicorn.conf.py": "gunicorn", "uwsgi.ini": "uwsgi uwsgi.ini"}
+
+
+class Served:
+    """An example in a folder of the test's own, on a free port instead of its own.
+
+    :param example: the file that shows the commands.
+    """
+
+    def __init__(self, example: str, commands: list[str], folder: Path) -> None:
+        shown = [line.strip("# ") for line in (EXAMPLES / example).read_text("utf-8").splitlines()]
+        assert [command for command in commands if command in shown] == commands
+        copied = shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("*.db", "__pycache__"))
+        self.folder = (Path(copied) / example).parent
+        self.port = free_port()
+        for path in self.folder.glob("*.*"):
+            path.write_text(self._on_free_port(path.read_text("utf-8")), "utf-8")
+        self.command = self._on_free_port(" && ".join([*commands[:-1], f"exec {commands[-1]}"]))
+        self.log = folder / "log"
+        self.process: subprocess.Popen[bytes]
+
+    def _on_free_port(self, text: str) -> str:
+        return re.sub(r"\b8000\b", str(self.port), text)
+
+    def start(self) -> None:
+        environ = {
+            **{name: value for name, value in os.environ.items() if name != "DATABASE_URL"},
+            "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            # Its control socket has one place for all the user's servers.
+            "GUNICORN_CMD_ARGS": "--no-control-socket" if gunicorn.version_info >= (25, 1) else "",
+            # As in an environment that is activated.
+            "UWSGI_HOME": sys.prefix,
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                ["sh", "-c", self.command],
+                cwd=self.folder,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + PATIENCE
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with suppress(URLError, ConnectionError):
+                self.ask()
+                return
+            time.sleep(0.02)
+        raise RuntimeError(f"{shlex.quote(self.command)} does not answer")
+
+    def ask(self, **form: str) -> str:
+        """What ``/`` answers, to a POST where a form is given."""
+        body = urlencode(form).encode() if form else None
+        with urlopen(f"http://127.0.0.1:{self.port}/", body, timeout=PATIENCE) as answer:
+            text: str = answer.read().decode()
+            return text
+
+    def stop(self) -> None:
+        """End it and all of its processes, by force if need be."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def served(example: str, commands: list[str], folder: Path) -> Iterator[Served]:
+    server = Served(example, commands, folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        print(server.log.read_text(errors="replace"))
+
+
+@pytest.mark.parametrize("example", COMMANDS)
+def test_example_answers_when_it_is_started_as_it_says(example: str, tmp_path: Path) -> None:
+    with served(example, COMMANDS[example], tmp_path) as server:
+        if example == "opentelemetry_app.py":
+            assert "Visit number 2" in server.ask()  # start() was the first.
+        else:
+            server.ask(name="tea")
+            assert "tea" in server.ask()
+    assert not re.search("Traceback|Error", server.log.read_text(errors="replace"))
+
+
+@pytest.mark.parametrize("command", EVENTS, ids=["waitress", "gunicorn"])
+def test_event_arrives_when_another_reader_writes(command: str, tmp_path: Path) -> None:
+    with (
+        served("events/app.py", [command], tmp_path) as server,
+        closing(HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as client,
+    ):
+        client.request("GET", "/events")
+        with client.getresponse() as answer:
+            assert answer.readline() == b": waiting\n"
+            assert server.ask(text="Hello") == ""
+            lines = []
+            while len(lines) < 2:
+                line = answer.readline()
+                assert line
+                lines += [line] if line.startswith((b"id", b"data")) else []
+            assert lines == [b"id: 1\n", b'data: "Hello"\n']
+        assert "<h1>Messages</h1>" in server.ask()
+    assert "Traceback" not in server.log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize("example", DEPLOYED)
+def test_guestbook_is_served_by_two_processes_when_deployed(example: str, tmp_path: Path) -> None:
+    with served(f"deployment/{example}", [DEPLOYED[example]], tmp_path) as server:
+        assert "Ada was here" in server.ask(name="Ada", message="Ada was here")
+        assert "Ada was here" in server.ask()
+    log = server.log.read_text(errors="replace")
+    assert len(re.findall("Booting worker|spawned uWSGI worker", log)) == 2
+    assert BAD_NEWS.findall(log) == []
