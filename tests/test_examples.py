@@ -58,8 +58,8 @@ PAGES = sorted(
 def imported(folder: Path, name: str) -> Iterator[ModuleType]:
     """A module as it is for who stands in its folder; nothing of that folder stays imported."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        # Pyramid imports it, and it warns of its end where setuptools is recent.
-        warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+        # Pyramid imports it, and it warns of its end, and of others that use it, where setuptools is recent.
+        warnings.filterwarnings("ignore", ".*pkg_resources")
         patch.syspath_prepend(str(folder))
         try:
             yield importlib.import_module(name)
