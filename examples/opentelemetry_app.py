@@ -44,7 +44,7 @@ SQLAlchemyInstrumentor().instrument(
     # All of this application's, with its binds and replicas, whatever was imported first.
     engines=list(database.engines.values()),
     tracer_provider=provider,
-    # It asks for a SQLAlchemy older than 2.1, and works with it.
+    # It asks for a SQLAlchemy older than 2.1, but works with 2.1.
     skip_dep_check=True,
 )
 # On the outside, so that what a request asks of the database is inside of its span.

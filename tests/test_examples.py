@@ -385,6 +385,7 @@ def read_events(answer: Any) -> list[tuple[str, str]]:
     """Number and text of each event until the stream waits."""
     found = []
     while (line := answer.readline().decode()) != ": waiting\n":
+        assert line, "the stream has ended"
         if line.startswith("id: "):
             data = answer.readline().decode()
             found.append((line.removeprefix("id: ").strip(), json.loads(data.removeprefix("data: "))))
