@@ -17,9 +17,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection
 from io import StringIO
 from pathlib import Path
+from socketserver import ThreadingMixIn
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
+from wsgiref.simple_server import WSGIServer, make_server
 
 import pytest
 from alembic import command
@@ -33,7 +35,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from paste.deploy import loadapp
 from sqlalchemy import delete, event, inspect, select, text
 from sqlalchemy.orm import Session
-from werkzeug.serving import make_server
 from werkzeug.test import Client
 from werkzeug.wsgi import ClosingIterator
 
@@ -319,6 +320,10 @@ def test_no_thread_waits_for_a_connection_when_deployed() -> None:
 # Server-sent events.
 
 
+class ThreadingServer(ThreadingMixIn, WSGIServer):
+    """A server that closes every body, however a client leaves, and whose end waits for its threads."""
+
+
 class Page:
     """The example on a server, with streams that wait for the test instead of a second."""
 
@@ -329,7 +334,7 @@ class Page:
         self.changed = threading.Condition()
         self.closed = threading.Semaphore(0)
         module.sleep = self.wait
-        self.server = make_server("127.0.0.1", 0, self.serve, threaded=True)
+        self.server = make_server("127.0.0.1", 0, self.serve, ThreadingServer)
         self.thread = threading.Thread(target=self.server.serve_forever)
         self.thread.start()
 
@@ -351,7 +356,7 @@ class Page:
 
     @contextmanager
     def ask(self, method: str, path: str, body: str | None = None, **headers: str) -> Iterator[Any]:
-        connection = HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE)
+        connection = HTTPConnection("127.0.0.1", self.server.server_port, timeout=PATIENCE)
         try:
             connection.request(method, path, body, {"Content-Type": "application/x-www-form-urlencoded", **headers})
             with connection.getresponse() as answer:
@@ -362,6 +367,7 @@ class Page:
     def send(self, text: str, status: int = 204) -> None:
         with self.ask("POST", "/", f"text={text}") as answer:
             assert answer.status == status
+            answer.read()
         assert self.closed.acquire(timeout=PATIENCE)
 
     def stop(self) -> None:
