@@ -34,6 +34,7 @@ dist: $(VENV)/installed-dist
 # What the middleware costs a request; takes some minutes and wants an idle machine.
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/per_request.py
+	$(BIN)/python benchmarks/routing.py
 	$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt
 	$(BIN)/python benchmarks/transactions.py
 	$(BIN)/python benchmarks/streams.py
