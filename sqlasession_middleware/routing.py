@@ -89,6 +89,8 @@ class Routing:
                 return make_routing(**more) if has_binds else on_primary(**more)
             opened: Any = make_routing(**more) if has_binds or scope.is_safe() else on_primary(**more)
             opened.home = scope
+            if scope.headers is None:
+                scope.tell_at_head()
             return opened  # type: ignore[no-any-return]
 
         return make_routing if self.replicas is None else make
@@ -134,6 +136,7 @@ class RoutedScope(Scope):
     route: Route | None = None
     #: what was committed, if the client can still be told of it
     written: Mark | None = None
+    _tells = False
 
     def is_safe(self) -> bool:
         """Whether the request asks for nothing to be changed."""
@@ -148,8 +151,18 @@ class RoutedScope(Scope):
             route = self.route = Route(not self.is_safe(), mark)
         return route
 
-    def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
-        """As any scope's; what the request has written is told to the client."""
+    def tell_at_head(self) -> None:
+        """Have the client told with the head of the response what the request has written by then.
+
+        Only a request with a session comes here: to any other the replicas cost nothing.
+        """
+        if self.start_response is not None and not self._tells:
+            self._tells = True
+            self.start_response = partial(self._start_and_tell, self.start_response)
+
+    def _start_and_tell(
+        self, start_response: Callable[..., Any], status: str, headers: list[tuple[str, str]], *exc_info: Any
+    ) -> Any:
         mark = self.written
         opened = self.session
         if mark is None and opened is not None and opened.in_transaction() and self._may_be_written(opened):
@@ -157,8 +170,7 @@ class RoutedScope(Scope):
         environ = self.environ
         if mark is not None and environ is not None:
             headers = [*headers, self.owner.routing.replicas.marker.header(mark, environ)]
-        # Not super(), which makes an object of its own first.
-        return Scope.start(self, status, headers, exc_info)
+        return start_response(status, headers, *exc_info)
 
     def _may_be_written(self, opened: Session) -> bool:
         # The public names for what a flush would write make sets of it, whether or not there is any.
@@ -283,6 +295,7 @@ def _note_written(opened: Session) -> None:
             primary = [connection for connection in open_connections(opened) if connection.engine is opened.bind]
             if primary:
                 scope.written = Mark(time.time(), written_position(primary[0]))
+                scope.tell_at_head()
             return
         scope = scope.token.old_value if hasattr(scope, "token") else None
 
