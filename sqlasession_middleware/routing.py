@@ -40,7 +40,7 @@ class Routing:
         self._default = default
         self.binds = binds
         self.replicas = replicas
-        # A mapper's key does not change, and most statements have one. There are as many mappers as models.
+        #: bind keys by mapper: they do not change, most statements have one, and there are as many as models
         self.keys: dict[Any, str | None] = {}
 
     def engine_of(self, key: str | None, what: str) -> Engine:
@@ -54,13 +54,6 @@ class Routing:
         if key not in self.binds:
             raise unknown_bind_key(key, self.binds, what)
         return self.binds[key].engine
-
-    def key_of(self, mapper: Any, clause: Any) -> str | None:
-        """The bind key of a statement; None for the default engine."""
-        if mapper is None:
-            return find_bind_key(None, clause)
-        key = self.keys[mapper] = find_bind_key(mapper, None)
-        return key
 
     def session_maker(self, session_class: type[Session], options: Mapping[str, Any]) -> Callable[..., Session]:
         """Makes the Sessions of the application.
@@ -220,8 +213,12 @@ class RoutingSession(PrimarySession):
                 self._note(clause)
             return bind
         if routing.binds:
-            known = routing.keys
-            key = known[mapper] if mapper in known else routing.key_of(mapper, clause)
+            if mapper is None:
+                key = find_bind_key(None, clause)
+            elif mapper in routing.keys:
+                key = routing.keys[mapper]
+            else:
+                key = routing.keys[mapper] = find_bind_key(mapper, None)
             if key is not None:
                 return routing.engine_of(key, f"{clause if mapper is None else mapper}")
         default: Any = self.bind
