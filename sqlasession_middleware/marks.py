@@ -68,14 +68,14 @@ class Marker:
         """Whether a replica may not have the write, by the time that has passed; whoever's clock is ahead."""
         return abs(time.time() - mark.time) < self.seconds
 
-    def header(self, mark: Mark, environ: Mapping[str, Any]) -> tuple[str, str]:
-        """The header that hands a mark to the client."""
-        milliseconds = int(mark.time * 1000)
-        if mark.position is None:
-            cookie = f"{self.name}={milliseconds}{self._for_seconds}"
+    def header(self, mark: Mark | None, environ: Mapping[str, Any] | None) -> tuple[str, str]:
+        """The header that hands a mark to the client; without one, that of a write now, its position unknown."""
+        if mark is None or mark.position is None:
+            cookie = f"{self.name}={int((time.time() if mark is None else mark.time) * 1000)}{self._for_seconds}"
         else:
-            cookie = f"{self.name}={milliseconds}.{mark.position}{self._for_position}"
-        return ("Set-Cookie", cookie + "; Secure" if environ.get("wsgi.url_scheme") == "https" else cookie)
+            cookie = f"{self.name}={int(mark.time * 1000)}.{mark.position}{self._for_position}"
+        is_secure = environ is not None and environ.get("wsgi.url_scheme") == "https"
+        return ("Set-Cookie", f"{cookie}; Secure" if is_secure else cookie)
 
 
 def _order(value: tuple[str, str]) -> tuple[int, int]:

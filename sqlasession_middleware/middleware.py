@@ -98,6 +98,8 @@ class SQLASessionMiddleware:
         self.metadata = self._collections[0]
         self._source = EngineSource(bind, engine_options)
         self._session_class, self._session_options = _read_session_options(session_options)
+        check_seconds("read_your_writes", read_your_writes)
+        check_seconds("replica_retry", replica_retry)
         if binds or replicas:
             self._route(binds, replicas, engine_options, read_your_writes, replica_retry)
         self.streams = _read_streams(streams)
@@ -120,8 +122,6 @@ class SQLASessionMiddleware:
         sources = read_binds(binds or {})
         balanced = None
         if replicas:
-            check_seconds("read_your_writes", read_your_writes)
-            check_seconds("replica_retry", replica_retry)
             if self._session_options.get("twophase"):
                 problem = "cannot be used with replicas: no replica can prepare a transaction."
                 raise ConfigurationError("session_options", problem, "twophase")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction
@@ -156,18 +156,15 @@ class RoutedScope(Scope):
     def _start_and_tell(
         self, start_response: Callable[..., Any], status: str, headers: list[tuple[str, str]], *exc_info: Any
     ) -> Any:
-        mark = self.written
         opened = self.session
-        if mark is None and opened is not None and opened.in_transaction() and self._may_be_written(opened):
-            mark = Mark(time.time(), None)  # Nobody knows yet where the commit will be.
-        environ = self.environ
-        if mark is not None and environ is not None:
-            headers = [*headers, self.owner.routing.replicas.marker.header(mark, environ)]
-        return start_response(status, headers, *exc_info)
-
-    def _may_be_written(self, opened: Session) -> bool:
         # The public names for what a flush would write make sets of it, whether or not there is any.
-        return not self.is_safe() or not opened._is_clean() or cast(PrimarySession, opened).has_written
+        if self.written is not None or (
+            opened is not None
+            and opened.in_transaction()
+            and (getattr(opened, "has_written", True) or not opened._is_clean())
+        ):
+            headers = [*headers, self.owner.routing.replicas.marker.header(self.written, self.environ)]
+        return start_response(status, headers, *exc_info)
 
 
 class PrimarySession(RequestSession):

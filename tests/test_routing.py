@@ -652,6 +652,8 @@ MISTAKES = {
     "option": ({"replicas": [{"url": "sqlite://", "pol": 1}]}, r"replicas\[0\]\['pol'\] is not an option"),
     "seconds": ({"replicas": ["sqlite://"], "read_your_writes": -1}, r"read_your_writes must be a number of seconds"),
     "retry": ({"replicas": ["sqlite://"], "replica_retry": "7"}, r"replica_retry must be a number of seconds"),
+    "seconds without replicas": ({"read_your_writes": "5"}, r"read_your_writes must be a number of seconds"),
+    "retry without replicas": ({"replica_retry": True}, r"replica_retry must be a number of seconds"),
     "twophase": (
         {"replicas": ["sqlite://"], "session_options": {"twophase": True}}, "cannot be used with replicas",
     ),

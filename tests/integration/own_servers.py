@@ -52,7 +52,11 @@ class OwnServer:
             os.chown(folder, account.pw_uid, account.pw_gid)
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
-        self.initialize()
+        try:
+            self.initialize()
+        except BaseException:
+            self.close()  # It may have been started for that, and nobody else knows it yet.
+            raise
 
     def initialize(self) -> None:
         """Make the data folder."""
