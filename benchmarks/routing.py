@@ -21,14 +21,16 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-from per_request import Base, Item, Table, Work, difference, get_object, make_engine, measure, select_row, using
-from sqlalchemy import Engine, create_engine, select, text, update
+from per_request import Item, Table, Work, difference, get_object, make_engine, measure, select_row, using
+from sqlalchemy import create_engine, select, text
 
 from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware.drivers import written_position
+from sqlasession_middleware.marks import Mark
 
 POSTGRESQL = os.environ.get("TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
 
@@ -51,14 +53,6 @@ def core_row(current: Any) -> object:
 
 
 CORE = select(Item.__table__).where(Item.__table__.c.id == 1)
-UPDATE = update(Item.__table__).where(Item.__table__.c.id == 1).values(name="new")
-
-
-def writing(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    session.execute(UPDATE)
-    session.commit()
-    start_response("200 OK", [("Content-Type", "text/plain")])
-    return [b"done"]
 
 
 def head_first(work: Work) -> Callable[..., Iterable[bytes]]:
@@ -72,69 +66,82 @@ def head_first(work: Work) -> Callable[..., Iterable[bytes]]:
     return app
 
 
-#: label -> the application, the calls of a turn, and by how many microseconds replicas may make it longer
-UNUSED: dict[str, tuple[Callable[..., Iterable[bytes]], int, int]] = {
-    "no session": (using(session, None), 20000, 1),
-    "SELECT": (head_first(select_row), 1000, 1),
-    "Core": (head_first(core_row), 1000, 1),
-    "ORM get": (head_first(get_object), 1000, 1),
-    # What a POST leaves open may be a write, so the client is told of it.
-    "SELECT, with the cookie": (using(session, select_row), 1000, 1 + 3),
+class Row(NamedTuple):
+    """A kind of request, and what it is compared with.
+
+    :param calls: of a turn.
+    :param bars: by how many microseconds each contender may take longer than the first.
+    """
+
+    calls: int
+    contenders: dict[str, Callable[[], object]]
+    bars: dict[str, float]
+
+
+def unused(app: Any, calls: int = 1000) -> Row:
+    """Binds and replicas that are configured and not used: the method is not safe, and the tables have no bind key."""
+    engine = make_engine()
+    apps = {
+        "neither": SQLASessionMiddleware(app, engine),
+        "binds": SQLASessionMiddleware(app, engine, binds={"audit": "sqlite://"}),
+        "replicas": SQLASessionMiddleware(app, engine, replicas=["sqlite://"]),
+    }
+    contenders = {name: lambda each=each: serve(each, "POST") for name, each in apps.items()}
+    return Row(calls, contenders, {"binds": 1, "replicas": 1})
+
+
+def given() -> Row:
+    """The cookie given: what a POST leaves open may be a write. Without it where the head has left before."""
+    replicas: dict[str, Any] = {"replicas": ["sqlite://"]}
+    engine = make_engine()
+    late = SQLASessionMiddleware(head_first(select_row), engine, **replicas)
+    early = SQLASessionMiddleware(using(session, select_row), engine, **replicas)
+    return Row(1000, {"no cookie": lambda: serve(late, "POST"), "given": lambda: serve(early, "POST")}, {"given": 3})
+
+
+def taken() -> Row:
+    """The cookie taken: one that is too old to matter, so that both read from a replica."""
+    app = SQLASessionMiddleware(using(session, select_row), make_engine(), replicas=[make_engine()])
+    marker = app.routing.replicas.marker  # type: ignore[union-attr]
+    cookie = marker.header(Mark(time.time() - 3600, None), {})[1].partition(";")[0]
+    cookies = {"other cookies": "theme=dark; session=0123456789; lang=en", "taken": f"theme=dark; {cookie}; lang=en"}
+    return Row(1000, {name: lambda each=each: serve(app, "GET", each) for name, each in cookies.items()}, {"taken": 3})
+
+
+ROWS: dict[str, Callable[[], Row]] = {
+    "no session": lambda: unused(using(session, None), 20000),
+    "SELECT": lambda: unused(head_first(select_row)),
+    "Core": lambda: unused(head_first(core_row)),
+    "ORM get": lambda: unused(head_first(get_object)),
+    "cookie": given,
+    "cookie, read": taken,
 }
 
 
-def unused_figures(rounds: int) -> dict[str, dict[str, float]]:
-    """Of one process: of each kind of request what it takes, and how much longer it takes with binds, with replicas."""
-    engine = make_engine()
+def figures_of_one(rounds: int) -> dict[str, dict[str, float]]:
+    """Of one process: of each kind of request what the first contender takes, and how much longer the others do."""
     figures = {}
-    for label, (app, calls, _) in UNUSED.items():
-        contenders = {
-            "neither": SQLASessionMiddleware(app, engine),
-            "binds": SQLASessionMiddleware(app, engine, binds={"audit": "sqlite://"}),
-            "replicas": SQLASessionMiddleware(app, engine, replicas=["sqlite://"]),
-        }
-        # A method that is not safe: the request is the primary's.
-        measured = measure(
-            {name: lambda app=app: serve(app, "POST") for name, app in contenders.items()}, calls, rounds
-        )
-        figures[label] = {name: difference(measured, name, "neither") for name in ("binds", "replicas")}
-        figures[label]["neither"] = statistics.median(measured["neither"])
+    for label, make in ROWS.items():
+        row = make()
+        measured = measure(row.contenders, row.calls, rounds)
+        first, *others = row.contenders
+        figures[label] = {name: difference(measured, name, first) for name in others}
+        figures[label][first] = statistics.median(measured[first])
     return figures
 
 
-def unused_rows(table: Table, processes: int) -> None:
+def print_rows(table: Table, processes: int) -> None:
     command = [sys.executable, __file__, "--one-process"]
     of_each = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(processes)]
-    for label, (_, _, bar_of_replicas) in UNUSED.items():
-        neither = statistics.median(each[label]["neither"] for each in of_each)
-        table.row(f"{label}: neither", f"{neither:.2f} us")
-        for name, bar in (("binds", 1), ("replicas", bar_of_replicas)):
+    for label, make in ROWS.items():
+        row = make()
+        first = next(iter(row.contenders))
+        base = statistics.median(each[label][first] for each in of_each)
+        table.row(f"{label}: {first}", f"{base:.2f} us")
+        for name, bar in row.bars.items():
             low, more, high = statistics.quantiles((each[label][name] for each in of_each), n=4)
             against = f"{more:+.2f} ({low:+.1f} to {high:+.1f}) us"
-            table.row(f"{label}: {name}", f"{neither + more:.2f} us", against, f"+{bar} us", more <= bar)
-
-
-def cookie_rows(table: Table, engine: Engine, rounds: int) -> None:
-    """Given by a request that writes, and taken by one that reads: from the primary in all cases."""
-    writer = SQLASessionMiddleware(writing, engine, replicas=["sqlite://"])
-    silent = SQLASessionMiddleware(writing, engine, replicas=["sqlite://"])
-    silent.routing.replicas.marker.header = lambda mark, environ: ("Set-Cookie", "")  # type: ignore[union-attr]
-    figures = measure({"cookie": lambda: serve(writer, "POST"), "none": lambda: serve(silent, "POST")}, 40, rounds)
-    given = difference(figures, "cookie", "none")
-    table.row("cookie given", f"{statistics.median(figures['cookie']):.2f} us", f"{given:+.2f} us")
-    mark = dict(serve(writer, "POST"))["Set-Cookie"].partition(";")[0]
-    marker = writer.routing.replicas.marker  # type: ignore[union-attr]
-    figures = measure(
-        {
-            "cookie": lambda: marker.is_recent(marker.read({"HTTP_COOKIE": f"theme=dark; {mark}; lang=en"})),
-            "none": lambda: marker.read({"HTTP_COOKIE": "theme=dark; session=0123456789; lang=en"}),
-        },
-        2000,
-        rounds,
-    )
-    taken = difference(figures, "cookie", "none")
-    table.row("cookie taken", f"{statistics.median(figures['cookie']):.2f} us", f"{taken:+.2f} us")
-    table.row("cookie, both", f"{given + taken:.2f} us", "", "3 us", given + taken <= 3)
+            table.row(f"{label}: {name}", f"{base + more:.2f} us", against, f"+{bar} us", more <= bar)
 
 
 def position_row(table: Table, rounds: int) -> None:
@@ -153,19 +160,15 @@ def position_row(table: Table, rounds: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=201)
     parser.add_argument("--processes", type=int, default=51)
     parser.add_argument("--one-process", action="store_true", help="print the figures of one process, as JSON")
     arguments = parser.parse_args()
     if arguments.one_process:
-        print(json.dumps(unused_figures(rounds=7)))
+        print(json.dumps(figures_of_one(rounds=7)))
         return 0
-    engine = make_engine()
-    Base.metadata.create_all(engine)
     table = Table()
-    unused_rows(table, arguments.processes)
-    cookie_rows(table, engine, arguments.rounds)
-    position_row(table, arguments.rounds)
+    print_rows(table, arguments.processes)
+    position_row(table, rounds=101)
     print(f"\n{table.missed} of the bars missed" if table.missed else "\nall bars held")
     return min(table.missed, 1)
 

@@ -67,7 +67,8 @@ def find_bind_key(mapper: Any, clause: Any) -> str | None:
     if columns:
         table = columns[0] if type(columns[0]) is Table else getattr(columns[0], "table", None)
         if isinstance(table, Table):
-            return key_of(table)
+            # To ask is the call that most tables do without.
+            return key_of(table) if table.info or table.metadata.info else None
     return _find(clause)
 
 

@@ -129,7 +129,6 @@ class RoutedScope(Scope):
     route: Route | None = None
     #: what was committed, if the client can still be told of it
     written: Mark | None = None
-    _tells = False
 
     def is_safe(self) -> bool:
         """Whether the request asks for nothing to be changed."""
@@ -149,22 +148,27 @@ class RoutedScope(Scope):
 
         Only a request with a session comes here: to any other the replicas cost nothing.
         """
-        if self.start_response is not None and not self._tells:
-            self._tells = True
-            self.start_response = partial(self._start_and_tell, self.start_response)
+        start_response = self.start_response
+        if start_response is not None and type(start_response) is not Telling:
+            self.start_response = Telling(_start_and_tell, self, start_response)
 
-    def _start_and_tell(
-        self, start_response: Callable[..., Any], status: str, headers: list[tuple[str, str]], *exc_info: Any
-    ) -> Any:
-        opened = self.session
-        # The public names for what a flush would write make sets of it, whether or not there is any.
-        if self.written is not None or (
-            opened is not None
-            and opened.in_transaction()
-            and (getattr(opened, "has_written", True) or not opened._is_clean())
-        ):
-            headers = [*headers, self.owner.routing.replicas.marker.header(self.written, self.environ)]
-        return start_response(status, headers, *exc_info)
+
+class Telling(partial[Any]):
+    """The server's ``start_response``, with the cookie if there is something to tell."""
+
+
+def _start_and_tell(
+    scope: RoutedScope, start_response: Callable[..., Any], status: str, headers: list[tuple[str, str]], *exc_info: Any
+) -> Any:
+    opened = scope.session
+    # The public names for a transaction that is open, and for what a flush would write, take a call, or make sets.
+    if scope.written is not None or (
+        opened is not None
+        and opened._transaction is not None
+        and (getattr(opened, "has_written", True) or not opened._is_clean())
+    ):
+        headers = [*headers, scope.owner.routing.replicas.marker.header(scope.written, scope.environ)]
+    return start_response(status, headers, *exc_info)
 
 
 class PrimarySession(RequestSession):

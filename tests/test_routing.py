@@ -395,6 +395,26 @@ def test_sessions_work_in_another_place_is_the_requests(make):
         assert cookie
 
 
+def test_session_of_another_application_tells_in_its_own_name(make, tmp_path):
+    """One that is made in this request, before and after its own: the cookie is that of the primary written to."""
+
+    def app(environ, start_response):
+        with other.new_session() as opened:
+            opened.scalars(select(Row.name)).all()
+            write()
+            session.commit()
+        start_response("200 OK", [])
+        return [b""]
+
+    middleware = make(app)
+    other = SQLASessionMiddleware(App(""), f"sqlite:///{tmp_path}/one.db", replicas=[f"sqlite:///{tmp_path}/two.db"])
+    names = [each.routing.replicas.marker.name for each in (middleware, other)]
+    assert names[0] != names[1]
+    for method in ("GET", "POST"):
+        assert ask(middleware, method)[1].startswith(f"{names[0]}=")
+    other.dispose()
+
+
 def test_commit_of_another_bind_alone_is_not_told(make, monkeypatch):
     """The replicas are the default engine's: none of them is too old for it."""
 
