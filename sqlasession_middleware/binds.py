@@ -23,7 +23,7 @@ from sqlalchemy.sql.functions import next_value
 from .engines import EngineSource, read_source
 from .errors import ConfigurationError, nearest, shown
 
-__all__ = ["DEFAULT", "find_bind_key", "key_of", "read_binds", "unknown_bind_key"]
+__all__ = ["DEFAULT", "key_of", "key_of_mapper", "key_of_statement", "read_binds", "unknown_bind_key"]
 
 #: the name of the engine that is no bind's
 DEFAULT = "default"
@@ -51,17 +51,20 @@ def read_binds(binds: Any) -> dict[str, EngineSource]:
     return sources
 
 
-def find_bind_key(mapper: Any, clause: Any) -> str | None:
-    """The bind key of a statement's tables, from what :meth:`Session.get_bind` is given; None for the default engine.
+def key_of_mapper(mapper: Any) -> str | None:
+    """The bind key of a mapped class, as :meth:`Session.get_bind` is given it; None for the default engine."""
+    if not isinstance(mapper, Mapper):
+        mapper = inspect(mapper).mapper
+    # A flush asks for the base of an inheritance, and writes all of its tables on one connection.
+    table = mapper.base_mapper.local_table
+    return key_of(table) if type(table) is Table else _find(table)
 
-    Where a statement has several tables it is the first one's, of DML the target's: no database joins two.
+
+def key_of_statement(clause: Any) -> str | None:
+    """The bind key of a statement of tables, as :meth:`Session.get_bind` is given it; None for the default engine.
+
+    Where it has several tables it is the first one's, of DML the target's: no database joins two.
     """
-    if mapper is not None:
-        if not isinstance(mapper, Mapper):
-            mapper = inspect(mapper).mapper
-        # A flush asks for the base of an inheritance, and writes all of its tables on one connection.
-        table = mapper.base_mapper.local_table
-        return key_of(table) if type(table) is Table else _find(table)
     # Most statements are a SELECT whose first column tells; a public name for it would take longer than the rest.
     columns = getattr(clause, "_raw_columns", None)
     if columns:

@@ -20,7 +20,7 @@ from sqlalchemy.types import TypeEngine
 
 from ._webob import HTTPNotFound
 from ._webob import Request as WebObRequest
-from .binds import find_bind_key
+from .binds import key_of_mapper
 from .context import application
 from .sessions import session
 
@@ -72,7 +72,7 @@ class DatabaseRequest:
         routing = getattr(owner, "routing", None)
         engine = owner.database_engine
         if routing is not None:
-            engine = routing.engine_of(find_bind_key(entity, None), f"{entity.__name__}")
+            engine = routing.engine_of(key_of_mapper(entity), f"{entity.__name__}")
         columns = inspect(entity).primary_key
         parts = ident if isinstance(ident, tuple | list) else (ident,)
         try:

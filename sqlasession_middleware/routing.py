@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session, SessionTransaction
 
-from .binds import DEFAULT, find_bind_key, unknown_bind_key
+from .binds import DEFAULT, key_of_mapper, key_of_statement, unknown_bind_key
 from .context import Scope, current
 from .drivers import written_position
 from .engines import EngineSource
@@ -215,11 +215,11 @@ class RoutingSession(PrimarySession):
             return bind
         if routing.binds:
             if mapper is None:
-                key = find_bind_key(None, clause)
+                key = key_of_statement(clause)
             elif mapper in routing.keys:
                 key = routing.keys[mapper]
             else:
-                key = routing.keys[mapper] = find_bind_key(mapper, None)
+                key = routing.keys[mapper] = key_of_mapper(mapper)
             if key is not None:
                 return routing.engine_of(key, f"{clause if mapper is None else mapper}")
         default: Any = self.bind

@@ -30,7 +30,7 @@ from sqlalchemy.schema import CreateIndex, CreateSequence, CreateTable, DropTabl
 from sqlalchemy.sql.expression import true
 
 from sqlasession_middleware import SQLASessionMiddleware, session
-from sqlasession_middleware.binds import find_bind_key
+from sqlasession_middleware.binds import key_of_mapper, key_of_statement
 from sqlasession_middleware.errors import ConfigurationError
 
 from .wsgi import assert_given_back, consume, environ, start_response
@@ -171,19 +171,19 @@ CLAUSES = {
 
 @pytest.mark.parametrize("name", CLAUSES)
 def test_core_statement(name):
-    assert find_bind_key(None, CLAUSES[name]) == "audit"
+    assert key_of_statement(CLAUSES[name]) == "audit"
 
 
 @pytest.mark.parametrize("mapper", [Document, Letter, Note, inspect(Letter), aliased(Letter)])
 def test_mapper(mapper):
-    assert find_bind_key(mapper, None) == "audit"
+    assert key_of_mapper(mapper) == "audit"
 
 
 @pytest.mark.parametrize(
     "clause", [None, text("SELECT 1"), select(goods), insert(goods).from_select(["id"], select(entry.c.id)), func.now()]
 )
 def test_everything_else_is_the_default_engines(clause):
-    assert find_bind_key(None, clause) is None
+    assert key_of_statement(clause) is None
 
 
 def test_mapped_to_a_join_or_subquery():
@@ -198,7 +198,7 @@ def test_mapped_to_a_join_or_subquery():
         __table__ = select(entry).subquery()
         __mapper_args__ = {"primary_key": [__table__.c.id]}  # noqa: RUF012
 
-    assert find_bind_key(Joined, None) == find_bind_key(Selected, None) == "audit"
+    assert key_of_mapper(Joined) == key_of_mapper(Selected) == "audit"
 
 
 def test_lazy_load_and_refresh(app):
