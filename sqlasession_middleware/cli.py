@@ -245,15 +245,18 @@ def _interact(banner: str, names: dict[str, Any]) -> None:
     try:
         from IPython import start_ipython
     except ImportError:
-        try:
-            code.interact(banner, local=names, exitmsg="")
-        except SystemExit as leaving:
-            # exit() ends the shell as the end of its input does; sys.exit(1) gives up.
-            if leaving.code:
-                raise
-    else:  # pragma: no cover  # where it is installed
+        start_ipython = None
+    if start_ipython is not None:  # pragma: no cover  # where it is installed
         click.echo(banner)
         start_ipython(argv=["--no-banner", "--no-confirm-exit"], user_ns=names)
+        return
+    # Not where the import failed: what is raised in the shell would be shown as a consequence of that.
+    try:
+        code.interact(banner, local=names, exitmsg="")
+    except SystemExit as leaving:
+        # exit() ends the shell as the end of its input does; sys.exit(1) gives up.
+        if leaving.code:
+            raise
 
 
 def _try(action: Callable[[], object], application: SQLASessionMiddleware) -> None:

@@ -320,6 +320,13 @@ def test_shell_has_the_mapped_classes(ini, monkeypatch):
     assert repr(test_models.Imperative) in done.stdout
 
 
+def test_shell_shows_an_error_alone(ini):
+    """Not as a consequence of something of the shell's own, such as that there is no IPython."""
+    stderr = command("shell", ini(SETTINGS), said="1 / 0\n").stderr
+    assert stderr.count("Traceback") == 1, stderr
+    assert "ZeroDivisionError" in stderr
+
+
 def test_commit_of_a_shell_that_fails(ini):
     path = ini(SETTINGS)
     script = "from sqlalchemy import event\nevent.listen(session(), 'before_commit', lambda opened: 1 / 0)\n"
