@@ -208,20 +208,25 @@ def serve(ini: Ini, host: str | None, port: int | None, threads: int | None) -> 
         from waitress.server import create_server  # Not before somebody serves: the other commands do without it.
     except ImportError:
         _fail("waitress is not installed: pip install waitress")
+    where: dict[str, Any]
+    if host is None and port is None and "listen" in settings:
+        where = {"listen": settings["listen"]}  # As Pyramid's ini files have it; waitress refuses it beside the two.
+    else:
+        where = {
+            "host": host or settings.get("host", "127.0.0.1"),
+            "port": settings.get("port", 8080) if port is None else port,
+        }
     try:
-        server = create_server(
-            app,
-            host=host or settings.get("host", "127.0.0.1"),
-            port=settings.get("port", 8080) if port is None else port,
-            threads=threads or _first_number(settings, ("threads",), WAITRESS_THREADS),
-        )
+        server = create_server(app, **where, threads=threads or _first_number(settings, ("threads",), WAITRESS_THREADS))
     except (OSError, ValueError) as error:
         _fail(f"waitress cannot listen: {error}")
     _serve(server)  # pragma: no cover
 
 
 def _serve(server: Any) -> None:  # pragma: no cover  # in a process of its own
-    click.echo(f"serving on http://{server.effective_host}:{server.effective_port}/")
+    several = getattr(server, "effective_listen", None)
+    for host, port in several or [(server.effective_host, server.effective_port)]:
+        click.echo(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}/")
     server.run()
 
 

@@ -347,18 +347,30 @@ def test_shell_of_one_application_of_several(ini):
     assert command("shell", f"{path}#other").exit_code == 0
 
 
-def test_serve(ini, tmp_path):
-    path = ini(SETTINGS, "\n[server:main]\nuse = egg:waitress#main\nport = 1\nthreads = 2\n")
+#: What [server:main] says, the options of "serve", and how many addresses it listens on.
+SERVED = {
+    "a port": ("port = 1", ["--port", "0"], 1),
+    "listen": ("listen = 127.0.0.1:0", [], 1),
+    "listen on several": ("listen = 127.0.0.1:0 127.0.0.1:0", [], 2),
+    "a port in place of listen": ("listen = 127.0.0.1:1", ["--port", "0"], 1),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_serve(ini, name):
+    where, options, count = SERVED[name]
+    path = ini(SETTINGS, f"\n[server:main]\nuse = egg:waitress#main\n{where}\nthreads = 2\n")
     assert command("create", path).exit_code == 0
     script = "import sys; from sqlasession_middleware.cli import main; main(sys.argv[1:])"
-    arguments = [sys.executable, "-u", "-c", script, "serve", path, "--port", "0"]
+    arguments = [sys.executable, "-u", "-c", script, "serve", path, *options]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            found = re.fullmatch(r"serving on (http://127.0.0.1:\d+/)\n", server.stdout.readline())
-            assert found is not None
-            with urllib.request.urlopen(f"{found[1]}Ada", timeout=PATIENCE) as response:
-                assert response.read() == b"Ada"
+            for _ in range(count):
+                found = re.fullmatch(r"serving on (http://127.0.0.1:\d+/)\n", server.stdout.readline())
+                assert found is not None
+                with urllib.request.urlopen(f"{found[1]}Ada", timeout=PATIENCE) as response:
+                    assert b"Ada" in response.read()
         finally:
             server.terminate()
 
