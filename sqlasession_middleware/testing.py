@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import Context
 from typing import Any
+from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session
@@ -36,6 +37,8 @@ def isolated(*applications: SQLASessionMiddleware) -> Iterator[None]:
     requests see it. Replicas are read from the primary's transaction. Tables have to be there before, and what works on
     ``app.engine`` by itself is outside. All sessions of an engine share one connection, so requests run one at a time.
 
+    It may be nested: what an inner block stores is gone at its end, what the outer one has stored stays until its own.
+
     :param applications: several share a transaction where they share an Engine.
     """
     with ExitStack() as stack:
@@ -46,12 +49,16 @@ def isolated(*applications: SQLASessionMiddleware) -> Iterator[None]:
         yield
 
 
+#: The connections of all isolated tests. An inner isolation begins a savepoint on one.
+_isolated: WeakSet[Connection] = WeakSet()
+
+
 class _Isolation:
     """The connections of an isolated test, and their transactions."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self._connections: dict[Engine, Connection] = {}
+        self._connections: dict[Engine | Connection, Connection] = {}
 
     def maker(self, application: SQLASessionMiddleware) -> Callable[..., Session]:
         """Makes Sessions of the application, on the test's connections."""
@@ -63,7 +70,9 @@ class _Isolation:
 
             def get_bind(*arguments: Any, **more: Any) -> Any:
                 bind = choose(*arguments, **more)
-                return self._connection(default if bind in read_only else bind) if isinstance(bind, Engine) else bind
+                if isinstance(bind, Engine):
+                    return self._connection(default if bind in read_only else bind)
+                return self._within(bind) if bind in _isolated else bind
 
             made.get_bind = get_bind  # type: ignore[method-assign]
             return made
@@ -75,10 +84,17 @@ class _Isolation:
         if connection is None:
             # In no request's context: it is no leak of the one that happens to be first.
             connection = self._connections[engine] = self._stack.enter_context(Context().run(engine.connect))
+            _isolated.add(connection)
             self._stack.callback(connection.begin().rollback)
             if engine.dialect.name == "sqlite":
                 begin_writing(connection)  # Else Python's driver would commit the first savepoint.
         return connection
+
+    def _within(self, outer: Connection) -> Connection:
+        if outer not in self._connections.values():
+            self._connections[outer] = outer
+            self._stack.callback(outer.begin_nested().rollback)
+        return outer
 
 
 def _restore(application: SQLASessionMiddleware, make: Callable[..., Session] | None) -> None:

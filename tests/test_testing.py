@@ -100,6 +100,24 @@ def test_what_a_request_rolls_back_is_gone_and_the_rest_stays(app):
     assert count(app) == 0
 
 
+def test_isolation_may_be_nested(app):
+    """As where a class or module stores something for all of its tests, each of which is isolated as well."""
+    client = Client(app)
+    with isolated(app):
+        assert client.get("/Ada", buffered=True).text == "1"
+        for _ in range(2):
+            with isolated(app):
+                assert client.get("/Grace", buffered=True).text == "2"
+                with isolated(app):
+                    assert client.get("/Bea", buffered=True).text == "3"
+                assert count(app) == 2
+            assert count(app) == 1
+    for _ in range(2):
+        with isolated(app), isolated(app):
+            assert client.get("/Grace", buffered=True).text == "1"
+    assert count(app) == 0
+
+
 def test_veto_inside_of_isolation(database_url):
     app = SQLASessionMiddleware(commits_by_the_middleware, database_url, metadata=metadata, transaction=True)
     app.drop_database()
