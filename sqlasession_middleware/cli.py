@@ -150,7 +150,10 @@ def check(ini: Ini, processes: int | None, threads: int | None) -> None:
 def create(ini: Ini) -> None:
     """Create the tables that are not there yet, of every application with a database."""
     _, applications = _load(ini)
-    for application in applications:
+    with_tables = [each for each in applications if _number_of_tables(each)]
+    if not with_tables:
+        _fail(f"{ini} has no tables to create: set 'metadata = package.module:Base.metadata' in it.")
+    for application in with_tables:
         click.echo(f"creating {_tables(application)} of {application!r} …")
         _try(application.init_database, application)
     click.echo("done")
@@ -231,7 +234,11 @@ def _serve(server: Any) -> None:  # pragma: no cover  # in a process of its own
 
 
 def _tables(application: SQLASessionMiddleware) -> str:
-    return _count(len(application.metadata.tables), "table", "tables")
+    return _count(_number_of_tables(application), "table", "tables")
+
+
+def _number_of_tables(application: SQLASessionMiddleware) -> int:
+    return sum(len(each.tables) for each in application.collections)
 
 
 def _mapped_classes() -> dict[str, Any]:

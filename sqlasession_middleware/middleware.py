@@ -94,8 +94,8 @@ class SQLASessionMiddleware:
         if not callable(app):
             raise ConfigurationError("app", f"must be a WSGI application, a callable, got {type(app).__name__}.")
         self.app = app
-        self._collections = _read_metadata(metadata)
-        self.metadata = self._collections[0]
+        self.collections = _read_metadata(metadata)
+        self.metadata = self.collections[0]
         self._source = EngineSource(bind, engine_options)
         self._session_class, self._session_options = _read_session_options(session_options)
         check_seconds("read_your_writes", read_your_writes)
@@ -266,7 +266,7 @@ class SQLASessionMiddleware:
         :warns UserWarning: if there are no tables, most likely because no module with models was imported yet.
         :raises UnboundExecutionError: if a table's bind key is not one of ``binds``. Nothing was created then.
         """
-        warn_of_no_tables(self._collections)
+        warn_of_no_tables(self.collections)
         for engine, tables in self._placed_tables():
             create_tables(engine, *tables)
 
@@ -282,7 +282,7 @@ class SQLASessionMiddleware:
         routing = self.routing or Routing(self._source, {}, None)
         return [
             (routing.engine_of(key, "a table of the metadata"), tables)
-            for key, tables in tables_by_key(self._collections)
+            for key, tables in tables_by_key(self.collections)
         ]
 
     def capacity(self, processes: int = 1, threads: int = 1) -> Capacity:

@@ -15,6 +15,9 @@ from sqlasession_middleware import session
 
 metadata = MetaData()
 guests = Table("guests", metadata, Column("name", String(40)))
+audit = MetaData()
+Table("visits", audit, Column("path", String(40)))
+no_tables = MetaData()
 
 
 class SpecialSession(Session):

@@ -249,6 +249,24 @@ def test_create_and_drop(ini, tmp_path):
     assert tables(tmp_path) == []
 
 
+def test_create_and_drop_count_the_tables_of_every_metadata(ini, tmp_path):
+    path = ini({**SETTINGS, "metadata": "tests.paste_apps:metadata, tests.paste_apps:audit"})
+    assert command("create", path).stdout.startswith("creating 2 tables of")
+    assert tables(tmp_path) == ["guests", "visits"]
+    assert command("drop", path, "--yes").stdout.startswith("dropping 2 tables of")
+
+
+def test_create_passes_over_an_application_without_tables(ini, tmp_path):
+    more = (
+        "\n[filter-app:other]\npaste.filter_app_factory = sqlasession_middleware.paste:main\nnext = shop\n"
+        "sqlalchemy.url = sqlite://\nmetadata = tests.paste_apps:no_tables\n"
+        "\n[composite:both]\nuse = egg:Paste#urlmap\n/ = main\n/other = other\n"
+    )
+    done = command("create", f"{ini(SETTINGS, more)}#both")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert tables(tmp_path) == ["guests"]
+
+
 def test_drop_asks_and_nobody_answers(ini, tmp_path):
     path = ini(SETTINGS)
     command("create", path)

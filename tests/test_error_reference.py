@@ -544,6 +544,11 @@ def configure_no_loggers(ini: Any) -> Result:
     return command("serve", ini({"sqlalchemy.url": "sqlite://"}, "[loggers]\nkeys = root\n"))
 
 
+@provokes("error: … has no tables to create: …")
+def create_no_tables(ini: Any) -> Result:
+    return command("create", ini({"sqlalchemy.url": "sqlite://", "metadata": "tests.paste_apps:no_tables"}))
+
+
 @provokes("error: nothing was dropped.")
 def refuse_to_drop(ini: Any) -> Result:
     return command("drop", ini({"sqlalchemy.url": "sqlite://"}), said="n\n")
