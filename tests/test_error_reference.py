@@ -549,6 +549,12 @@ def create_no_tables(ini: Any) -> Result:
     return command("create", ini({"sqlalchemy.url": "sqlite://", "metadata": "tests.paste_apps:no_tables"}))
 
 
+@provokes("error: nothing was committed: …")
+def commit_what_was_given_up(ini: Any, postgresql_url: str) -> Result:
+    said = "from sqlalchemy import text\nsession.execute(text('no SQL'))\n"
+    return command("shell", ini({"sqlalchemy.url": postgresql_url.replace("%", "%%")}), "--commit", said=said)
+
+
 @provokes("error: nothing was dropped.")
 def refuse_to_drop(ini: Any) -> Result:
     return command("drop", ini({"sqlalchemy.url": "sqlite://"}), said="n\n")
