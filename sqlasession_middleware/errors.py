@@ -50,6 +50,8 @@ class ConfigurationError(ValueError):
         name = names.get(self.parameter, self.parameter)
         if self.key is not None:
             name += self.key if name.endswith(".") else f".{self.key}"
+        elif name.endswith("."):
+            name += "*"  # All of them together.
         return ConfigurationError(f"{name!r}{place}", self.problem)
 
 

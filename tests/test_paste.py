@@ -404,6 +404,11 @@ def test_error_names_the_setting_alone_when_it_is_from_no_file(setting: str, con
     assert str(caught.value) == f"{setting!r} {problem}"
 
 
+def test_error_names_the_settings_by_their_prefix_when_all_together_are_wrong(configured) -> None:
+    with pytest.raises(ConfigurationError, match=r"^'session\.\*' are refused by Session: "):
+        configured({"sqlalchemy.url": "sqlite:///shop.db", "session.join_transaction_mode": "nosuch"})
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
