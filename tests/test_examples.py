@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 import threading
 import warnings
@@ -249,6 +251,16 @@ def test_tables_come_and_go_when_alembic_is_given_the_ini_of_the_server(migratio
     command.downgrade(configured(migrations), "base")
     with shop(migrations) as app:
         assert inspect(app.engine).get_table_names() == ["alembic_version"]
+
+
+def test_application_is_found_when_alembic_runs_in_its_folder(tmp_path: Path) -> None:
+    """Though it is not installed, and nobody has set PYTHONPATH to its folder."""
+    folder = shutil.copytree(EXAMPLES / "migrations", tmp_path / "migrations")
+    upgrade = [sys.executable, "-m", "alembic", "-c", "development.ini", "upgrade", "head"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(upgrade, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / "shop.db").exists()
 
 
 def test_migration_is_written_when_the_models_have_changed(migrations: Path) -> None:
