@@ -144,6 +144,7 @@ class EngineSource:
                 raise ConfigurationError(
                     "bind", f"names the driver {dialect.driver!r}, which is for asyncio: WSGI needs one that is not."
                 )
+            _check_isolation_level(dialect, options.get("isolation_level"))
             if key is not None and len(_accepted) < _ACCEPTED_AT_MOST:
                 _accepted[key] = dialect
         else:
@@ -276,6 +277,17 @@ def _parse_url(bind: object) -> URL:
             " that is a number and each of '@/:?#%' in the user or password percent-encoded.",
         )
     return url
+
+
+def _check_isolation_level(dialect: Dialect, level: Any) -> None:
+    """SQLAlchemy would find out at the first connection, and at each one after that."""
+    try:
+        known = list(dialect.get_isolation_level_values(None))  # type: ignore[arg-type]  # not connected yet
+    except Exception:
+        return  # It is the connection that knows.
+    if isinstance(level, str) and level.replace("_", " ").upper() not in known:
+        problem = f"must be one of {', '.join(known)} for {dialect.name}, got {shown(level)}."
+        raise ConfigurationError("engine_options", problem, "isolation_level")
 
 
 @contextmanager

@@ -55,6 +55,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "not really whole": ({"engine_options": {"pool_size": True}}, "must be a whole number, got True"),
     "not seconds": ({"engine_options": {"pool_timeout": "1s"}}, "must be a number of seconds, got '1s'"),
     "not true": ({"engine_options": {"pool_pre_ping": "false"}}, "must be true or false, got 'false'"),
+    "no such level": ({"engine_options": {"isolation_level": "SERIAL"}}, "one of .*SERIALIZABLE.* for sqlite, got 'SE"),
     "engine options": ({"engine_options": "pool_size=5"}, "engine_options must be a dict, got str"),
     "session option": (
         {"session_options": {"autoflosh": 1}},
@@ -86,6 +87,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "URL for a bind": ({"binds": {LOST_URL: "sqlite://"}}, "binds must have names as keys, got a URL"),
     "app": ({"app": None}, "app must be a WSGI application, a callable, got NoneType"),
 }
+
+
+@pytest.mark.parametrize("driver", ["sqlite", "postgresql+psycopg", "postgresql+psycopg2", "mariadb+pymysql"])
+def test_isolation_level_may_be_written_in_any_way_that_sqlalchemy_takes(driver: str) -> None:
+    for level in ("SERIALIZABLE", "read_uncommitted", "autocommit"):
+        SQLASessionMiddleware(nothing, f"{driver}://", engine_options={"isolation_level": level})
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -146,6 +146,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "… must be true or false, got …": REFUSED["not true"][0],
     "… must be true, false or 'debug', got …": {"engine_options": {"echo": 5}},
     "… must be a whole number, got …": REFUSED["not whole"][0],
+    "… must be one of … for …, got …": REFUSED["no such level"][0],
     "… must be a whole number from 1, got …": {"transaction": {"attempts": 0}},
     "… must be a whole number of seconds from 0, got …": {"unavailable": {"retry_after": 0.5}},
     "… must be a number of seconds, got …": REFUSED["not seconds"][0],
