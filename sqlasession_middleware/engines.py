@@ -141,9 +141,7 @@ class EngineSource:
         if dialect is None:
             dialect = self._make().dialect
             if dialect.is_async:
-                raise ConfigurationError(
-                    "bind", f"names the driver {dialect.driver!r}, which is for asyncio: WSGI needs one that is not."
-                )
+                raise _for_asyncio(url)
             _check_isolation_level(dialect, options.get("isolation_level"))
             if key is not None and len(_accepted) < _ACCEPTED_AT_MOST:
                 _accepted[key] = dialect
@@ -279,6 +277,12 @@ def _parse_url(bind: object) -> URL:
     return url
 
 
+def _for_asyncio(url: URL) -> ConfigurationError:
+    # By its name in the URL: psycopg's dialect says "psycopg" of "psycopg_async" as well.
+    driver = url.drivername.partition("+")[2] or url.drivername
+    return ConfigurationError("bind", f"names the driver {driver!r}, which is for asyncio: WSGI needs one that is not.")
+
+
 def _check_isolation_level(dialect: Dialect, level: Any) -> None:
     """SQLAlchemy would find out at the first connection, and at each one after that."""
     try:
@@ -309,6 +313,8 @@ def _errors_explained(url: URL, options: Mapping[str, Any]) -> Iterator[None]:
             near = "." if driver else nearest(dialect, DIALECTS)
             raise ConfigurationError("bind", f"names {what}, which SQLAlchemy has no dialect for{near}") from None
         if isinstance(error, ImportError):
+            if url.get_dialect().is_async:  # Nobody should install it for this.
+                raise _for_asyncio(url) from None
             problem = f"needs the driver of {url.drivername!r}, which cannot be imported ({text}): install it."
             raise ConfigurationError("bind", problem) from error
         raise ConfigurationError("bind", f"cannot make an engine of {url.drivername}: {text}") from None
