@@ -58,15 +58,15 @@ class RequestSession(Session):
 
 @event.listens_for(RequestSession, "before_commit")
 def _refuse_given_up(opened: Session) -> None:
-    """Where a transaction of ours is in charge, in the application's own commits too."""
+    """In the application's own commits, too. MySQL and MariaDB do not tell: there it is what the attempt has seen."""
     scope = current.get(None)
-    if isinstance(scope, Scope) and scope.transaction is not None and scope.session is opened:
-        given_up = scope.transaction.rolled_back is opened.get_transaction()
-        if given_up or any(is_aborted(connection) for connection in open_connections(opened)):
-            raise TransactionAborted(
-                "The transaction cannot be committed: the database has given it up after an error that the application"
-                " caught. Let the error pass, or put what may fail into 'with session.begin_nested():'."
-            )
+    attempt = scope.transaction if isinstance(scope, Scope) and scope.session is opened else None
+    given_up = attempt is not None and attempt.rolled_back is opened.get_transaction()
+    if given_up or any(is_aborted(connection) for connection in open_connections(opened)):
+        raise TransactionAborted(
+            "The transaction cannot be committed: the database has given it up after an error that the application"
+            " caught. Let the error pass, or put what may fail into 'with session.begin_nested():'."
+        )
 
 
 @event.listens_for(RequestSession, "after_commit")

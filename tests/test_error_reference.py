@@ -550,7 +550,7 @@ def create_no_tables(ini: Any) -> Result:
     return command("create", ini({"sqlalchemy.url": "sqlite://", "metadata": "tests.paste_apps:no_tables"}))
 
 
-@provokes("error: nothing was committed: …")
+@provokes("error: The transaction cannot be committed: …")
 def commit_what_was_given_up(ini: Any, postgresql_url: str) -> Result:
     said = "from sqlalchemy import text\nsession.execute(text('no SQL'))\n"
     return command("shell", ini({"sqlalchemy.url": postgresql_url.replace("%", "%%")}), "--commit", said=said)

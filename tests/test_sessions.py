@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import gc
 import threading
@@ -11,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import Connection, String, create_engine, event, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session
 from werkzeug.wsgi import ClosingIterator
 
 from sqlasession_middleware import SQLASessionMiddleware, application, local, local_manager, metadata, session, sessions
-from sqlasession_middleware.errors import ScopeError
+from sqlasession_middleware.errors import ScopeError, TransactionAborted
 from tests.wsgi import Environ, RecordedSession, StartResponse, assert_given_back, consume, environ, select_one
 from tests.wsgi import start_response as send_nothing
 
@@ -69,6 +71,33 @@ def test_several_instances_of_one_class_have_an_engine_each(tmp_path) -> None:
     assert consume(blue(environ(), send_nothing)) == b"/blue"
     for app in (red, blue):
         app.dispose()
+
+
+@pytest.mark.parametrize("where", ["a context", "a request that commits by itself"])
+def test_commit_of_what_the_database_has_given_up_is_refused(app: SQLASessionMiddleware, where: str) -> None:
+    """PostgreSQL answers such a COMMIT with a ROLLBACK, and no error. Elsewhere a failed statement undoes itself only."""
+
+    def work() -> None:
+        session.add(Note(content="kept"))
+        session.flush()
+        with pytest.raises(DBAPIError):
+            session.execute(text("no SQL"))
+        session.commit()
+
+    def serve(environ: Environ, start: StartResponse) -> Iterable[bytes]:
+        work()
+        return nothing(environ, start)
+
+    gives_up = app.engine.dialect.name == "postgresql"
+    with pytest.raises(TransactionAborted) if gives_up else contextlib.nullcontext():
+        if where == "a context":
+            with app.context():
+                work()
+        else:
+            consume(SQLASessionMiddleware(serve, app.engine)(environ(), send_nothing))
+    with app.context():
+        assert [note.content for note in Note.query] == ([] if gives_up else ["kept"])
+    assert_given_back(app.engine)
 
 
 def test_application_is_the_instance_and_knows_its_engine(app: SQLASessionMiddleware) -> None:
