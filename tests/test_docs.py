@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 from docutils import nodes
-from docutils.core import publish_doctree
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
@@ -18,7 +16,7 @@ from sqlasession_middleware.settings import Kind
 from sqlasession_middleware.transaction import TransactionMiddleware
 from sqlasession_middleware.unavailable import UnavailableMiddleware
 
-INI = Path(__file__).parent.parent / "docs" / "ini.rst"
+from .rst import read_page
 
 #: What the page calls the types.
 TYPES = {
@@ -57,10 +55,8 @@ TABLES: tuple[tuple[str, Mapping[str, Kind], Callable[..., Any], str], ...] = (
 @pytest.fixture(scope="module")
 def documented() -> dict[str, list[str]]:
     """The keys of the reference: the type and the default of each."""
-    # docutils does not know Sphinx's roles, and is not asked about them.
-    page = publish_doctree(INI.read_text(encoding="utf-8"), settings_overrides={"report_level": 5, "halt_level": 6})
     found: dict[str, list[str]] = {}
-    for item in page.findall(nodes.definition_list_item):
+    for item in read_page("ini").findall(nodes.definition_list_item):
         key = item[0].astext()
         assert key not in found
         found[key] = [each.astext() for each in item.findall(nodes.classifier)]

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from .rst import literals, read_page, sections
+
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "promises.rst"
 
 
 def named_tests() -> dict[str, list[tuple[str, str]]]:
     """Promise -> the tests that the page names for it, each as its file and its name."""
-    heading = re.compile(r"^(G\d+) .+\n~+$", re.MULTILINE)
-    _, *parts = heading.split(PAGE.read_text(encoding="utf-8"))
     promises: dict[str, list[tuple[str, str]]] = {}
-    for promise, text in zip(parts[::2], parts[1::2], strict=True):
-        tests = promises.setdefault(promise, [])
+    for title, section in sections(read_page("promises")).items():
+        if not re.match(r"G\d+ ", title):
+            continue
+        tests = promises[title.split()[0]] = []
         file = ""
-        for literal in re.findall(r"``([^`]+)``", text):
+        for literal in literals(section):
             if re.fullmatch(r"tests/\S+\.py", literal):
                 file = literal
             elif re.fullmatch(r"test_\w+|Test\w+", literal):

@@ -7,25 +7,18 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from docutils import nodes
-
 import sqlasession_middleware
 
-from .test_error_reference import parse
+from .rst import literals, read_page, rows, sections
 
 PACKAGE = Path(sqlasession_middleware.__file__).parent
 KEY = re.compile(r"(wsgi|sqlasession|werkzeug\.debug)\.[a-z_]+|(HTTP|REQUEST|PATH|CONTENT|SCRIPT|QUERY)_[A-Z_]+")
-
-
-def section(title: str) -> nodes.section:
-    (found,) = [each for each in parse("environ").findall(nodes.section) if each.children[0].astext() == title]
-    return found
+SECTIONS = sections(read_page("environ"))
 
 
 def first_cells(title: str) -> list[str]:
     """The literals in the first column of the tables of a section."""
-    rows = [row for body in section(title).findall(nodes.tbody) for row in body.findall(nodes.row)]
-    return [literal.astext() for row in rows for literal in row.children[0].findall(nodes.literal)]
+    return [literal for cells in rows(SECTIONS[title]) for literal in literals(cells[0])]
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
@@ -59,4 +52,4 @@ def test_loggers_and_their_attributes_are_those_of_the_page() -> None:
         }
     assert first_cells("Loggers") == loggers
     assert extras == {"application", "finisher"}
-    assert extras <= {literal.astext() for literal in section("Loggers").findall(nodes.literal)}
+    assert extras <= set(literals(SECTIONS["Loggers"]))

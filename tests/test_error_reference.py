@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import pytest
 from click.testing import Result
 from docutils import nodes
-from docutils.core import publish_doctree
 from sqlalchemy import MetaData, create_engine, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -36,6 +35,7 @@ from sqlasession_middleware.transaction import TransactionMiddleware
 
 from . import test_cli
 from .conftest import DATABASES_SEEN
+from .rst import literals, read_page
 from .test_cli import check, command
 from .test_engines import REFUSED
 from .test_request import Guest
@@ -45,8 +45,6 @@ from .test_unavailable import call, closed_port, lets_it_pass
 from .wsgi import Environ, StartResponse, consume, environ, select_one, start_response
 
 pytest_plugins = ["pytester"]
-
-DOCS = Path(__file__).parent.parent / "docs"
 
 
 class Message(NamedTuple):
@@ -64,23 +62,16 @@ class Message(NamedTuple):
         return self.kind == seen.kind and re.fullmatch(pattern, seen.text, re.DOTALL) is not None
 
 
-def parse(name: str) -> nodes.document:
-    """A page of the documentation. Sphinx's own directives and roles are errors to docutils, and of no interest."""
-    source = (DOCS / f"{name}.rst").read_text(encoding="utf-8")
-    return publish_doctree(source, settings_overrides={"report_level": 5, "halt_level": 6})
-
-
-def read_page() -> list[Message]:
+def read_entries() -> list[Message]:
     """What the page has: the literals of the terms of its definitions, and what stands behind the colon."""
     return [
-        Message(kinds[0].astext() if (kinds := list(item.findall(nodes.classifier))) else "ConfigurationError",
-                literal.astext())
-        for item in parse("errors").findall(nodes.definition_list_item)
-        for literal in item.children[0].findall(nodes.literal)
-    ]  # fmt: skip
+        Message(kinds[0].astext() if (kinds := list(item.findall(nodes.classifier))) else "ConfigurationError", text)
+        for item in read_page("errors").findall(nodes.definition_list_item)
+        for text in literals(item.children[0])
+    ]
 
 
-ENTRIES = read_page()
+ENTRIES = read_entries()
 
 
 def best(seen: Message) -> Message | None:

@@ -6,8 +6,6 @@ on both sides is asserted in the pages themselves.
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,12 @@ import flask_sqlalchemy
 import pytest
 import transaction
 import zope.sqlalchemy
+from docutils import nodes
+from pyramid.config import Configurator
+from pyramid.httpexceptions import HTTPBadRequest, HTTPFound
+from pyramid.request import Request
+from pyramid.response import Response
+from pyramid_retry import mark_error_retryable
 from repoze.tm import TM
 from sqlalchemy import Engine, ForeignKey, create_engine, event, insert, select, text
 from sqlalchemy.exc import OperationalError
@@ -29,16 +33,8 @@ from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware.request import DatabaseRequest
 from tests.wsgi import Environ, StartResponse, consume, environ, start_response
 
-with warnings.catch_warnings():
-    # It imports pkg_resources, which warns of its end where setuptools is recent.
-    warnings.simplefilter("ignore")
-    from pyramid.config import Configurator
-    from pyramid.httpexceptions import HTTPBadRequest, HTTPFound
-    from pyramid.request import Request
-    from pyramid.response import Response
-    from pyramid_retry import mark_error_retryable
+from .rst import read_page, sections
 
-DOCS = Path(__file__).parent.parent / "docs"
 FLASK, PYRAMID, REPOZE = "from_flask_sqlalchemy", "from_pyramid_tm", "from_repoze_tm2"
 
 App = Callable[[Environ, StartResponse], Iterable[bytes]]
@@ -269,7 +265,7 @@ def works_outside_of_a_request(side: Side) -> Any:
         return outcome(lambda: side.of_flask.scalars(select(Guest.name)).all())
 
 
-@case(FLASK, "``session.remove()`` is no rollback where a transaction is in charge", theirs=[], ours=["Ada"])
+@case(FLASK, "session.remove() is no rollback where a transaction is in charge", theirs=[], ours=["Ada"])
 def removes_the_session_in_a_teardown(side: Side) -> list[str]:
     def view() -> str:
         side.of_flask.add(Guest(name="Ada"))
@@ -642,7 +638,5 @@ def test_does_what_the_guide_says_of_it(each: Case, who: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("page", [FLASK, PYRAMID, REPOZE])
 def test_every_difference_of_a_guide_is_a_case(page: str) -> None:
-    text_of_page = (DOCS / f"{page}.rst").read_text()
-    section = text_of_page.split("\nWhat behaves differently\n---")[1].split("\nWhat ")[0]
-    terms = re.findall(r"^(\S.*)\n(?= {4}\S)", section, re.MULTILINE)
+    terms = [term.astext() for term in sections(read_page(page))["What behaves differently"].findall(nodes.term)]
     assert sorted(terms) == sorted({each.term for each in CASES if each.page == page})

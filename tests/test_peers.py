@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -42,12 +40,12 @@ from sqlasession_middleware import SQLASessionMiddleware, application, session
 from sqlasession_middleware.errors import ConfigurationError, ScopeError, TransactionAborted
 from sqlasession_middleware.transaction import TransactionMiddleware, doom
 from tests.conftest import DATABASES
+from tests.rst import read_page, rows, sections
 from tests.wsgi import Environ, StartResponse, environ, select_one
 
 #: The number of the attempt, in environ.
 ATTEMPT = "sqlasession.attempt"
 OK, ERROR = "200 OK", "500 Internal Server Error"
-PAGE = Path(__file__).parent.parent / "docs" / "peers.rst"
 
 App = Callable[[Environ, StartResponse], Iterable[bytes]]
 Step = Callable[[Environ], object]
@@ -1275,12 +1273,11 @@ def test_ours_does_what_the_table_says(
 
 def rows_of_the_page() -> dict[tuple[str, str], str]:
     """Peer and behaviour -> what docs/peers.rst says of ours."""
-    rows: dict[tuple[str, str], str] = {}
-    for section in re.split(r"\n(?=\S+ [\d.]+\n-+\n)", PAGE.read_text(encoding="utf-8"))[1:]:
-        for row in section.split("    * - ")[2:]:
-            cells = [" ".join(cell.split()).replace("``", "") for cell in re.split(r"\n      - ", row)]
-            rows[section.split()[0], cells[0]] = cells[2]
-    return rows
+    found: dict[tuple[str, str], str] = {}
+    for title, section in sections(read_page("peers")).items():
+        for behaviour, _, ours in rows(section):
+            found[title.split()[0], " ".join(behaviour.astext().split())] = ours.astext()
+    return found
 
 
 def test_page_has_a_row_for_each_case_and_no_other() -> None:
