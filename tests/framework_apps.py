@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,15 @@ import werkzeug.wsgi
 from django.conf import settings
 from django.core.handlers.wsgi import WSGIHandler
 from django.http import FileResponse, HttpResponse, StreamingHttpResponse
+from pyramid.config import Configurator
+from pyramid.response import FileResponse as PyramidFileResponse
+from pyramid.response import Response as PyramidResponse
 from sqlalchemy import String, literal, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from werkzeug.exceptions import InternalServerError
 from werkzeug.wrappers import Request, Response
 
 from sqlasession_middleware import application, local, session
-
-with warnings.catch_warnings():
-    # It imports pkg_resources, which warns of its end where setuptools is recent.
-    warnings.simplefilter("ignore")
-    from pyramid.config import Configurator
-    from pyramid.response import FileResponse as PyramidFileResponse
-    from pyramid.response import Response as PyramidResponse
 
 #: What ``/file`` sends.
 FILE = Path(__file__)

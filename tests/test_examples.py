@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -60,9 +59,7 @@ PAGES = sorted(
 @contextmanager
 def imported(folder: Path, name: str) -> Iterator[ModuleType]:
     """A module as it is for who stands in its folder; nothing of that folder stays imported."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        # Pyramid imports it, and it warns of its end, and of others that use it, where setuptools is recent.
-        warnings.filterwarnings("ignore", ".*pkg_resources")
+    with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         try:
             yield importlib.import_module(name)
