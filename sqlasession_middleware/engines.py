@@ -346,4 +346,5 @@ def without_secrets(text: str, url: URL, options: Mapping[str, Any]) -> str:
 
 def without_passwords_of_urls(text: str) -> str:
     """``text`` with stars for what stands where a URL has its password."""
-    return re.sub(r":[^:@/\s]+@", ":***@", text)
+    # In a whole URL it may hold ":" and "/". Where only an end of one is left, it begins at the nearest of them.
+    return re.sub(r":[^:@/\s]+@", ":***@", re.sub(r"(://[^:/@\s]*:)\S*@", r"\1***@", text))

@@ -74,4 +74,4 @@ def exits(global_conf: Any, **settings: str) -> Any:
 
 def breaks(global_conf: Any, **settings: str) -> Any:
     """A ``paste.app_factory`` that fails, and shows its URL."""
-    raise ValueError("mysql://me:secret@db/shop")
+    raise ValueError("mysql://me:my/secret:word@db/shop")  # SQLAlchemy takes such a password.
