@@ -1,6 +1,6 @@
 """The errors that this library raises by itself.
 
-Both say what was found and what to do next, and neither ever holds a password.
+Each says what was found and what to do next, and none ever holds a password.
 """
 
 from __future__ import annotations
