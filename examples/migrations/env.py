@@ -9,13 +9,12 @@ the engine and the models have no second place.
 """
 
 from pathlib import Path
-from urllib.parse import quote
 
 from alembic import context
 from paste.deploy import loadapp
 
 ini = Path(context.config.config_file_name).resolve()
-app = loadapp(f"config:{quote(ini.as_posix(), safe='/:')}")
+app = loadapp(f"config:{ini}")
 options = {
     "target_metadata": app.metadata,
     "render_as_batch": app.engine.dialect.name == "sqlite",  # Which cannot alter a table, but copy it.
