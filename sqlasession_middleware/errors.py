@@ -58,6 +58,7 @@ class ConfigurationError(ValueError):
 def shown(value: object) -> str:
     """What was found, as an error shows it: a URL in a wrong place may have a password in it, and is not repeated."""
     text = repr(value)
+    # What only has a URL, as an Engine or an application, hides the password by itself.
     return "a URL" if isinstance(value, Collection) and "://" in text else text
 
 
