@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,8 @@ from sybil import Example
 from sybil.evaluators.python import PythonEvaluator
 
 from sqlasession_middleware.paste import collected
+
+from .ports import free_port
 
 SHOWN_PORT = "8080"
 #: Commands that run until they are stopped.
@@ -58,9 +59,7 @@ class Page:
         self.folder = self.root / "begin"
         self.folder.mkdir()
         self.server: subprocess.Popen[str] | None = None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = str(free.getsockname()[1])
+        self.port = str(free_port())
         # This pytest's own settings are not the reader's, and curl's progress is not shown on a terminal.
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
         self.environment.update(

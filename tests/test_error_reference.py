@@ -35,13 +35,14 @@ from sqlasession_middleware.transaction import TransactionMiddleware
 
 from . import test_cli
 from .conftest import DATABASES_SEEN
+from .ports import free_port
 from .rst import literals, read_page
 from .test_cli import check, command
 from .test_engines import REFUSED
 from .test_request import Guest
 from .test_routing import break_replica
 from .test_transaction import ITEMS, NO_WAIT, Deadlock, add, answer, tables
-from .test_unavailable import call, closed_port, lets_it_pass
+from .test_unavailable import call, lets_it_pass
 from .wsgi import Environ, StartResponse, consume, environ, select_one, start_response
 
 pytest_plugins = ["pytester"]
@@ -387,7 +388,7 @@ def fail_to_roll_back(make: Any) -> None:
 @provokes("The database cannot be reached at the moment. Please try again later.")
 @provokes("The database is out of reach: … … is answered with 503")
 def find_no_server(make: Any) -> tuple[str, dict[str, str], bytes]:
-    return call(make(lets_it_pass, f"postgresql+psycopg://shop@127.0.0.1:{closed_port()}/shop", unavailable=True))
+    return call(make(lets_it_pass, f"postgresql+psycopg://shop@127.0.0.1:{free_port()}/shop", unavailable=True))
 
 
 @provokes("The replica … is out of reach, and is tried again after … s: …")
@@ -518,7 +519,7 @@ def open_a_shell_of_two(ini: Any) -> Result:
 
 @provokes("error: … does not answer: …")
 def check_a_port(ini: Any) -> Result:
-    return check(ini({"sqlalchemy.url": f"postgresql+psycopg://shop@127.0.0.1:{closed_port()}/shop"}))
+    return check(ini({"sqlalchemy.url": f"postgresql+psycopg://shop@127.0.0.1:{free_port()}/shop"}))
 
 
 @provokes("error: …: up to … connections; max_connections is …")

@@ -23,6 +23,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from sqlasession_middleware.failures import Failure, classify
 from tests.conftest import DATABASES_SEEN
+from tests.ports import free_port
 
 LOST, TRANSIENT, UNAVAILABLE, UNKNOWN = Failure.LOST, Failure.TRANSIENT, Failure.UNAVAILABLE, Failure.UNKNOWN
 
@@ -399,12 +400,6 @@ def read(connection: Connection, row: int = 1) -> None:
 
 def write(connection: Connection, row: int = 1) -> None:
     connection.execute(text(f"UPDATE {TABLE} SET n = n + 1 WHERE id = :row"), {"row": row})
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_deadlock(rows):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from urllib.request import urlopen
+
+from .ports import free_port
 
 README = Path(__file__).parent.parent / "README.rst"
 
@@ -24,9 +25,7 @@ def test_example_is_at_most_fifteen_lines_long() -> None:
 
 
 def test_example_serves_and_keeps_its_rows_when_it_is_started_again(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # wsgiref says nothing when it listens.
     program = read_example().replace("8000", str(port))
     program = program.replace(".serve_forever()", "").replace("make_server(", "server = make_server(")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,23 +16,17 @@ from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware.errors import ConfigurationError
 from sqlasession_middleware.unavailable import UnavailableMiddleware
 
+from .ports import free_port
 from .wsgi import Environ, StartResponse, consume, environ, select_one
 
 PLAIN = [("Content-Type", "text/plain")]
 SECRET = "hunter2-s3cret"
 
 
-def closed_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(params=["postgresql+psycopg", "postgresql+psycopg2", "mysql+pymysql"])
 def unreachable_url(request: pytest.FixtureRequest) -> str:
     """The URL of a server that is not there, with a password in it."""
-    return f"{request.param}://shop:{SECRET}@127.0.0.1:{closed_port()}/shop"
+    return f"{request.param}://shop:{SECRET}@127.0.0.1:{free_port()}/shop"
 
 
 def kill(url: Any) -> None:
@@ -134,7 +127,7 @@ def test_answer_is_503_when_the_server_is_not_there(
 )
 def test_page_is_what_the_client_accepts(accept: str | None, content_type: str) -> None:
     wrapped = SQLASessionMiddleware(
-        lets_it_pass, f"mysql+pymysql://shop@127.0.0.1:{closed_port()}/shop", unavailable={"retry_after": 3}
+        lets_it_pass, f"mysql+pymysql://shop@127.0.0.1:{free_port()}/shop", unavailable={"retry_after": 3}
     )
     status, headers, body = call(wrapped, **({} if accept is None else {"HTTP_ACCEPT": accept}))
     assert status.startswith("503 ")
@@ -150,7 +143,7 @@ def test_page_is_what_the_client_accepts(accept: str | None, content_type: str) 
 
 
 def test_page_has_no_body_when_only_its_head_is_asked_for() -> None:
-    url = f"mysql+pymysql://shop@127.0.0.1:{closed_port()}/shop"
+    url = f"mysql+pymysql://shop@127.0.0.1:{free_port()}/shop"
     status, _, body = call(SQLASessionMiddleware(lets_it_pass, url, unavailable=True), REQUEST_METHOD="HEAD")
     assert (status, body) == ("503 Service Unavailable", b"")
 

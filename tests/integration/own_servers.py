@@ -20,7 +20,8 @@ import pytest
 from sqlalchemy import URL, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
-from .servers import PATIENCE, free_port
+from ..ports import free_port
+from .servers import PATIENCE
 
 #: One that is nowhere by accident.
 PASSWORD = f"secret-{uuid4().hex}"

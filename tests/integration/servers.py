@@ -21,6 +21,7 @@ from typing import Any
 
 import gunicorn
 
+from ..ports import free_port
 from .served import CHUNK, STREAM_STEPS, THREADS
 
 ROOT = Path(__file__).parents[2]
@@ -184,13 +185,6 @@ class Server:
         head, body = split(self.raw("GET", target))
         assert b" 200 " in head.splitlines()[0], head
         return body
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def connect(port: int, buffer: int | None = None) -> socket.socket:

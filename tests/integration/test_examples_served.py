@@ -22,7 +22,8 @@ from urllib.request import urlopen
 import gunicorn
 import pytest
 
-from .servers import PATIENCE, ROOT, free_port
+from ..ports import free_port
+from .servers import PATIENCE, ROOT
 from .test_preload import BAD_NEWS
 
 EXAMPLES = ROOT / "examples"
@@ -59,7 +60,9 @@ class Served:
     def __init__(self, example: str, commands: list[str], folder: Path) -> None:
         shown = [line.strip("# ") for line in (EXAMPLES / example).read_text("utf-8").splitlines()]
         assert [command for command in commands if command in shown] == commands
-        copied = shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("*.db", "__pycache__"))
+        copied = shutil.copytree(
+            EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("*.db", "__pycache__", ".*")
+        )
         self.folder = (Path(copied) / example).parent
         self.port = free_port()
         for path in self.folder.glob("*.*"):
