@@ -20,13 +20,24 @@ TOKEN = "2f7a"
 
 #: what the application has taken, and keeps
 kept: list[Any] = []
+#: applications and engines of a test
+used: list[Any] = []
 
 
 @pytest.fixture(autouse=True)
-def give_back() -> Iterator[None]:
+def clean_up() -> Iterator[None]:
+    """Close what was kept before its pool, which would not see it again."""
     yield
     while kept:
         kept.pop().close()
+    while used:
+        used.pop().dispose()
+
+
+def use(owner: Any) -> Any:
+    """Dispose of an application or engine when the test is over."""
+    used.append(owner)
+    return owner
 
 
 @pytest.fixture
@@ -132,12 +143,14 @@ def made(folder, work: Callable[[], None], how=answer_with_a_list, **options: An
     def app(environ, start_response) -> Iterable[bytes]:
         return how(work, environ, start_response)
 
-    return SQLASessionMiddleware(
-        app,
-        f"sqlite:///{folder}/primary.db",
-        binds={"audit": f"sqlite:///{folder}/audit.db"},
-        replicas=[f"sqlite:///{folder}/primary.db"],
-        **{"report_leaks": True, **options},
+    return use(
+        SQLASessionMiddleware(
+            app,
+            f"sqlite:///{folder}/primary.db",
+            binds={"audit": f"sqlite:///{folder}/audit.db"},
+            replicas=[f"sqlite:///{folder}/primary.db"],
+            **{"report_leaks": True, **options},
+        )
     )
 
 
@@ -154,7 +167,6 @@ def test_tells_what_was_not_given_back_and_who_took_it(tmp_path, reports, work, 
     assert f"in {work.__name__}" in report
     assert "/sqlalchemy/" not in report
     assert TOKEN not in report
-    app.dispose()
 
 
 @pytest.mark.parametrize("work", CLEAN)
@@ -162,7 +174,6 @@ def test_tells_nothing_of_what_was_given_back(tmp_path, reports, work):
     app = made(tmp_path, work)
     Client(app).get("/", buffered=True)
     assert reports() == []
-    app.dispose()
 
 
 def test_context_reports_as_a_request_does(tmp_path, reports):
@@ -172,7 +183,6 @@ def test_context_reports_as_a_request_does(tmp_path, reports):
         assert reports() == []
     (report,) = reports()
     assert report.startswith("A context of ")
-    app.dispose()
 
 
 def test_each_request_answers_for_its_own(tmp_path, reports):
@@ -180,7 +190,6 @@ def test_each_request_answers_for_its_own(tmp_path, reports):
     for number in range(3):
         Client(app).get(f"/{number}", buffered=True)
     assert [report.partition(" of ")[0] for report in reports()] == ["GET '/0'", "GET '/1'", "GET '/2'"]
-    app.dispose()
 
 
 def test_what_an_attempt_took_is_told_once_at_the_end(tmp_path, reports):
@@ -193,7 +202,6 @@ def test_what_an_attempt_took_is_told_once_at_the_end(tmp_path, reports):
     assert Client(app).get("/", buffered=True).status_code == 200
     (report,) = reports()
     assert "not given back 2 of the connections" in report
-    app.dispose()
 
 
 def raise_locked() -> None:
@@ -205,7 +213,7 @@ def raise_locked() -> None:
 
 
 def test_an_engine_that_was_given_reports_once_for_two_applications(tmp_path, reports):
-    engine = create_engine(f"sqlite:///{tmp_path}/given.db")
+    engine = use(create_engine(f"sqlite:///{tmp_path}/given.db"))
 
     def app(environ, start_response):
         return answer_with_a_list(take_connection, environ, start_response)
@@ -213,7 +221,6 @@ def test_an_engine_that_was_given_reports_once_for_two_applications(tmp_path, re
     for wrapped in [SQLASessionMiddleware(app, engine, report_leaks=True) for _ in range(2)]:
         Client(wrapped).get("/", buffered=True)
     assert ["not given back 1 of" in report for report in reports()] == [True, True]
-    engine.dispose()
 
 
 def test_without_the_option_nobody_listens(tmp_path, reports):
@@ -221,7 +228,6 @@ def test_without_the_option_nobody_listens(tmp_path, reports):
     Client(app).get("/", buffered=True)
     assert reports() == []
     assert not list(app.engine.pool.dispatch.checkout)
-    app.dispose()
 
 
 def test_isolation_of_a_test_is_no_leak(tmp_path, reports):
@@ -232,12 +238,10 @@ def test_isolation_of_a_test_is_no_leak(tmp_path, reports):
         take_within = made(tmp_path, take_connection)
         Client(take_within).get("/", buffered=True)
         assert len(reports()) == 1
-        take_within.dispose()
-    app.dispose()
 
 
 def test_a_request_that_goes_on_for_long_remembers_no_more_than_the_pool_has(tmp_path):
-    engine = create_engine(f"sqlite:///{tmp_path}/long.db", pool_size=1, max_overflow=0)
+    engine = use(create_engine(f"sqlite:///{tmp_path}/long.db", pool_size=1, max_overflow=0))
     app = SQLASessionMiddleware(lambda environ, start_response: [], engine, report_leaks=True)
     with app.context():
         scope = application._get_current_object() and session.registry.scopefunc()
@@ -246,7 +250,6 @@ def test_a_request_that_goes_on_for_long_remembers_no_more_than_the_pool_has(tmp
                 pass
         assert isinstance(scope.checkouts, Checkouts)
         assert len(scope.checkouts._taken) == 1
-    engine.dispose()
 
 
 def test_ini_key(tmp_path, reports):
@@ -254,10 +257,9 @@ def test_ini_key(tmp_path, reports):
         return answer_with_a_list(take_connection, environ, start_response)
 
     settings = {"sqlalchemy.url": f"sqlite:///{tmp_path}/ini.db", "report_leaks": "true"}
-    wrapped = SQLASessionMiddleware.from_config(app, settings)
+    wrapped = use(SQLASessionMiddleware.from_config(app, settings))
     Client(wrapped).get("/", buffered=True)
     assert len(reports()) == 1
-    wrapped.dispose()
 
 
 @pytest.mark.parametrize(
