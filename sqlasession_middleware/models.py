@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
-from sqlalchemy import Select, event, select
+from sqlalchemy import Select, event, inspect, select
 from sqlalchemy.orm import DeclarativeBase, QueryPropertyDescriptor, object_session
 
 from .errors import ScopeError
@@ -60,10 +60,18 @@ class SavesItself:
     """
 
     def __init__(self, *arguments: Any, **values: Any) -> None:
-        super().__init__(*arguments, **values)
+        mapper = inspect(type(self), raiseerr=False)
+        if mapper is not None and super(SavesItself, type(self)).__init__ is object.__init__:
+            # SQLAlchemy gives its own to a class that has none, and has found this one.
+            mapper.registry.constructor(self, *arguments, **values)
+        else:
+            super().__init__(*arguments, **values)
         _save(self)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, *values: Any) -> None:
+        following = getattr(super(), "__post_init__", None)
+        if following is not None:
+            following(*values)
         _save(self)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import InitVar
 
 import pytest
 from sqlalchemy import Column, Integer, MetaData, String, Table
@@ -64,7 +65,34 @@ registry(metadata=metadata).map_imperatively(
     Imperative, Table("imperative", metadata, Column("id", Integer, primary_key=True), Column("name", String(20)))
 )
 
-SAVED = (Saved, Picky, Data, Imperative)
+
+class Bare(SavesItself, Queries):
+    """Without a constructor of its own: SQLAlchemy has one for it."""
+
+
+registry(metadata=metadata).map_imperatively(
+    Bare, Table("bare", metadata, Column("id", Integer, primary_key=True), Column("name", String(20)))
+)
+
+
+@registry(metadata=metadata).mapped
+class Decorated(SavesItself, Queries):
+    __tablename__ = "decorated"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(20))
+
+
+class SavingBase(SavesItself, Queries, DeclarativeBase):
+    metadata = metadata
+
+
+class OfSavingBase(SavingBase):
+    __tablename__ = "of_saving_base"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(20))
+
+
+SAVED = (Saved, Picky, Data, Imperative, Bare, Decorated, OfSavingBase)
 
 
 @pytest.fixture
@@ -115,6 +143,38 @@ def test_object_that_could_not_be_made_is_not_saved(app):
         assert Picky.query.all() == []
     with pytest.raises(ValueError, match=r"^$"):
         Picky("")
+
+
+def test_class_that_is_not_mapped_yet():
+    class Later(SavesItself):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+    assert Later("Ada").name == "Ada"
+
+
+class Stamped(MappedAsDataclass, DeclarativeBase):
+    """A base with a __post_init__, and a field that is for it alone."""
+
+    metadata = metadata
+
+    def __post_init__(self, title: str) -> None:
+        self.name = f"{title} {self.name}"
+
+
+class Titled(SavesItself, Queries, Stamped):
+    __tablename__ = "titled"
+    id: Mapped[int] = mapped_column(init=False, primary_key=True)
+    name: Mapped[str] = mapped_column(String(20))
+    title: InitVar[str]
+
+
+def test_base_with_a_post_init_keeps_it(app):
+    with app.context():
+        Titled(name="Lovelace", title="Lady")
+        session.commit()
+        assert [each.name for each in Titled.query] == ["Lady Lovelace"]
 
 
 def test_what_is_not_committed_is_gone(app):
