@@ -94,5 +94,9 @@ def _save(made: object) -> None:
 def _forget(made: SavesItself, arguments: Any, values: Any) -> None:
     """An object whose constructor has failed, after it was saved, is none."""
     opened = object_session(made)
-    if opened is not None:
+    if opened is None:
+        return
+    if made in opened.new:
         opened.expunge(made)
+    else:
+        opened.delete(made)  # The constructor has asked the database for something, and so it was written.

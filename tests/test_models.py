@@ -45,6 +45,17 @@ class Picky(SavesItself, Queries, Base):
             raise ValueError(name)
 
 
+class Unique(SavesItself, Queries, Base):
+    __tablename__ = "only_one"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(20))
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name)
+        if Unique.query.filter_by(name=name).count() > 1:  # Writes it first.
+            raise ValueError(name)
+
+
 class DataBase(MappedAsDataclass, DeclarativeBase):
     metadata = metadata
 
@@ -143,6 +154,15 @@ def test_object_that_could_not_be_made_is_not_saved(app):
         assert Picky.query.all() == []
     with pytest.raises(ValueError, match=r"^$"):
         Picky("")
+
+
+def test_object_that_was_written_before_it_could_not_be_made_is_not_stored(app):
+    with app.context():
+        Unique("Ada")
+        with pytest.raises(ValueError, match="Ada"):
+            Unique("Ada")
+        session.commit()
+        assert Unique.query.count() == 1
 
 
 def test_class_that_is_not_mapped_yet():
