@@ -15,14 +15,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from sqlalchemy import Select, event, inspect, select
+from sqlalchemy import event, inspect, select
 from sqlalchemy.orm import DeclarativeBase, QueryPropertyDescriptor, object_session
 
 from .errors import ScopeError
 from .schema import metadata
 from .sessions import session
+
+if TYPE_CHECKING:
+    from ._typing import selects_of_this_version
 
 __all__ = ["Model", "Queries", "SavesItself"]
 
@@ -34,10 +37,14 @@ class Queries:
     #: it legacy; :meth:`select` is today's.
     query: ClassVar[QueryPropertyDescriptor] = session.query_property()
 
-    @classmethod
-    def select(cls) -> Select[tuple[Self]]:
-        """``select(cls)``, for ``session.scalars()``."""
-        return select(cls)
+    if TYPE_CHECKING:
+        select = selects_of_this_version
+    else:
+
+        @classmethod
+        def select(cls):
+            """``select(cls)``, for ``session.scalars()``."""
+            return select(cls)
 
     @classmethod
     def get(cls, ident: Any, **options: Any) -> Self | None:

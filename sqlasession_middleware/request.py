@@ -11,10 +11,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 from uuid import UUID
 
 from sqlalchemy import BigInteger, Integer, SmallInteger, Uuid, inspect
+from sqlalchemy.exc import NoResultFound
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
@@ -73,7 +74,7 @@ class DatabaseRequest:
         engine = owner.database_engine
         if routing is not None:
             engine = routing.engine_of(key_of_mapper(entity), f"{entity.__name__}")
-        columns = inspect(entity).primary_key
+        columns = inspect(entity, raiseerr=True).primary_key
         parts = ident if isinstance(ident, tuple | list) else (ident,)
         try:
             dialect = engine.dialect.name
@@ -86,16 +87,21 @@ class DatabaseRequest:
             raise HTTPNotFound(f"There is no {entity.__name__.lower()} of that key.")
         return found
 
-    def one_or_404(self, statement: Select[tuple[Entity]]) -> Entity:
+    # As SQLAlchemy 2.0 types statements, and as 2.1 does.
+    @overload
+    def one_or_404(self, statement: Select[tuple[Entity]]) -> Entity: ...
+    @overload
+    def one_or_404(self, statement: Select[Entity]) -> Entity: ...  # type: ignore[type-var, unused-ignore]
+    def one_or_404(self, statement: Any) -> Any:
         """The only result of a statement.
 
         :raises webob.exc.HTTPNotFound: if there is none.
         :raises sqlalchemy.exc.MultipleResultsFound: if there are several: that is no matter of the client's.
         """
-        found = cast("Entity | None", self.dbsession.scalars(statement).unique().one_or_none())
-        if found is None:
-            raise HTTPNotFound("There is nothing of that kind.")
-        return found
+        try:
+            return self.dbsession.scalars(statement).unique().one()
+        except NoResultFound:
+            raise HTTPNotFound("There is nothing of that kind.") from None
 
 
 class Request(DatabaseRequest, WebObRequest):

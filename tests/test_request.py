@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import BigInteger, MetaData, SmallInteger, String, select, text
+from sqlalchemy import BigInteger, MetaData, SmallInteger, String, null, select, text
 from sqlalchemy.exc import MultipleResultsFound
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from webob import Response
@@ -106,6 +106,7 @@ def test_one_or_404(app):
         assert request.one_or_404(select(Guest).where(Guest.name == "Ada")).id == 1
         with pytest.raises(HTTPNotFound):
             request.one_or_404(select(Guest).where(Guest.name == "Grace"))
+        assert request.one_or_404(select(null()).where(Guest.id == 1).select_from(Guest)) is None  # It is there.
         session.add(Guest(id=2, name="Ada"))
         with pytest.raises(MultipleResultsFound):
             request.one_or_404(select(Guest).where(Guest.name == "Ada"))
