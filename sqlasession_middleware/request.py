@@ -11,10 +11,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 from uuid import UUID
 
-from sqlalchemy import BigInteger, Integer, SmallInteger, Uuid, inspect
+from sqlalchemy import BigInteger, Dialect, Enum, Integer, SmallInteger, String, Uuid, inspect
 from sqlalchemy.exc import NoResultFound
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
@@ -64,8 +65,9 @@ class DatabaseRequest:
     def get_or_404(self, entity: type[Entity], ident: Any, **options: Any) -> Entity:
         """The object with a primary key.
 
-        :param ident: the key. A text, as it comes from a URL, may stand for a whole number or a UUID; None, and what
-            cannot be a key, is not found, and the database is not asked for it.
+        :param ident: the key, a tuple or dict where it has several columns. A text, as it comes from a URL, may stand
+            for a whole number or a UUID; None, and what cannot be a key, is not found, and the database is not asked
+            for it.
         :param options: of :meth:`sqlalchemy.orm.Session.get`.
         :raises webob.exc.HTTPNotFound: if there is none.
         """
@@ -74,12 +76,14 @@ class DatabaseRequest:
         engine = owner.database_engine
         if routing is not None:
             engine = routing.engine_of(key_of_mapper(entity), f"{entity.__name__}")
-        columns = inspect(entity, raiseerr=True).primary_key
-        parts = ident if isinstance(ident, tuple | list) else (ident,)
+        mapper = inspect(entity, raiseerr=True)
+        columns = mapper.primary_key
         try:
-            dialect = engine.dialect.name
-            key = tuple(_read(part, column.type, dialect) for part, column in zip(parts, columns, strict=True))
-        except ValueError:
+            if isinstance(ident, dict):
+                ident = [ident[mapper.get_property_by_column(column).key] for column in columns]
+            parts = ident if isinstance(ident, tuple | list) else (ident,)
+            key = tuple(_read(part, column.type, engine.dialect) for part, column in zip(parts, columns, strict=True))
+        except (LookupError, TypeError, ValueError):
             found = None
         else:
             found = self.dbsession.get(entity, key, **options)
@@ -108,23 +112,40 @@ class Request(DatabaseRequest, WebObRequest):
     """WebOb's request, with the mixin."""
 
 
-#: How many bits a server's integers have beside the sign; SQLite's have 63 whatever they are called.
+#: How many bits a server's integers have beside the sign. SQLite's have 63 whatever they are called, and MySQL and
+#: MariaDB have some without a sign, and know that no row has a number that is too large.
 _BITS: Sequence[tuple[type[Any], int]] = ((SmallInteger, 15), (BigInteger, 63), (Integer, 31))
+_BITS_OF_ALL = {"sqlite": 63, "mysql": 64, "mariadb": 64}
 
 
-def _read(part: Any, kind: TypeEngine[Any], dialect: str) -> Any:
+def _read(part: Any, declared: TypeEngine[Any], dialect: Dialect) -> Any:
     """A part of a key, as its column has it.
 
-    :raises ValueError: if no row can have it: some databases would fail the transaction for the question.
+    :raises ValueError: if no row can have it: some databases would fail the transaction for the question, and others
+        find a row of another key.
+    :raises TypeError: likewise.
     """
+    kind = declared.dialect_impl(dialect)  # with_variant() may have given this database another one.
     if part is None:
         raise ValueError
     if isinstance(kind, Integer):
-        number = int(part)
-        bits = 63 if dialect == "sqlite" else next(bits for integer, bits in _BITS if isinstance(kind, integer))
+        number = int(part) if isinstance(part, str) else index(part)
+        bits = _BITS_OF_ALL.get(dialect.name) or next(bits for integer, bits in _BITS if isinstance(kind, integer))
         if not -(1 << bits) <= number < 1 << bits:
             raise ValueError
         return number
-    if isinstance(kind, Uuid) and kind.as_uuid and isinstance(part, str):
-        return UUID(part)
+    if isinstance(kind, Uuid):
+        known = part if isinstance(part, UUID) else UUID(_read_text(part, dialect))
+        return known if kind.as_uuid else str(known)
+    if isinstance(kind, Enum):
+        if not (kind.enum_class and isinstance(part, kind.enum_class)) and part not in kind.enums:
+            raise ValueError
+        return part
+    return _read_text(part, dialect) if isinstance(kind, String) else part
+
+
+def _read_text(part: Any, dialect: Dialect) -> str:
+    if not isinstance(part, str) or ("\0" in part and dialect.name == "postgresql"):
+        raise ValueError
+    part.encode()  # What is no Unicode cannot be sent.
     return part

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import BigInteger, MetaData, SmallInteger, String, null, select, text
+from sqlalchemy import BigInteger, Enum, MetaData, SmallInteger, String, Uuid, null, select, text
+from sqlalchemy.dialects.mysql import INTEGER
 from sqlalchemy.exc import MultipleResultsFound
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from webob import Response
@@ -41,6 +43,34 @@ class Named(Base):
     id: Mapped[UUID] = mapped_column(primary_key=True)
 
 
+class TextNamed(Base):
+    __tablename__ = "request_text_named"
+    id: Mapped[str] = mapped_column(Uuid(as_uuid=False), primary_key=True)
+
+
+class Large(Base):
+    """Each database has its own number, and none the declared one."""
+
+    __tablename__ = "request_large"
+    id: Mapped[int] = mapped_column(
+        SmallInteger()
+        .with_variant(INTEGER(unsigned=True), "mysql", "mariadb")
+        .with_variant(BigInteger(), "postgresql"),
+        primary_key=True, autoincrement=False,
+    )  # fmt: skip
+
+
+class Color(enum.Enum):
+    red = 1
+    blue = 2
+
+
+class Painted(Base):
+    __tablename__ = "request_painted"
+    color: Mapped[Color] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(Enum("matt", "shiny", name="request_kind"), primary_key=True)
+
+
 class Coded(Base):
     __tablename__ = "request_coded"
     id: Mapped[str] = mapped_column(String(20), primary_key=True)
@@ -61,7 +91,10 @@ def app(database_url: str) -> Iterator[SQLASessionMiddleware]:
     app.drop_database()
     app.init_database()
     with app.context():
-        session.add_all([Guest(id=1, name="Ada"), Wide(id=2**40, part=7), Named(id=KNOWN), Coded(id="x")])
+        # fmt: off
+        session.add_all([Guest(id=1, name="Ada"), Wide(id=2**40, part=7), Named(id=KNOWN), Coded(id="x"),
+                         TextNamed(id=str(KNOWN)), Large(id=3 * 10**9), Painted(color=Color.red, kind="matt")])
+        # fmt: on
         session.commit()
     yield app
     app.drop_database()
@@ -80,10 +113,17 @@ def test_request(app, query, status, body):
 
 #: Keys of rows that are there, and keys that are none, of which some databases would fail the transaction.
 FOUND = [(Guest, 1), (Guest, "1"), (Guest, (1,)), (Wide, (2**40, 7)), (Wide, [str(2**40), "7"]), (Named, KNOWN),
-         (Named, str(KNOWN)), (Coded, "x")]  # fmt: skip
+         (Named, str(KNOWN)), (Coded, "x"), (Guest, {"id": "1"}), (Wide, {"part": 7, "id": 2**40}),
+         (TextNamed, str(KNOWN)), (TextNamed, KNOWN.hex), (TextNamed, KNOWN), (Large, 3 * 10**9),
+         (Painted, (Color.red, "matt")), (Painted, ("red", "matt"))]  # fmt: skip
 LOST = [(Guest, None), (Guest, ""), (Guest, "1.5"), (Guest, "one"), (Guest, 2**31), (Guest, -(2**63) - 1),
         (Wide, (2**64, 7)), (Wide, (1, 2**15)), (Wide, (1,)), (Wide, (2**40, None)), (Named, "x"), (Named, uuid4()),
-        (Coded, "y"), (Coded, None)]  # fmt: skip
+        (Coded, "y"), (Coded, None),
+        # What comes as JSON may be anything.
+        (Guest, 1.5), (Guest, float("inf")), (Guest, [[1]]), (Guest, {}), (Guest, {"id": {}}), (Guest, {"name": "Ada"}),
+        (Coded, 0), (Coded, True), (Coded, {"id": []}), (Coded, "\0"), (Coded, "\ud800"),
+        (Named, 5), (Named, 1.5), (Named, b"x" * 16), (TextNamed, "x"), (TextNamed, 5),
+        (Painted, ("green", "matt")), (Painted, ("red", "none")), (Painted, (1, "matt"))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("entity", "ident"), FOUND)
