@@ -14,22 +14,27 @@ there is nothing to pay for.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from functools import cache
 from types import CodeType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet
 
+import sqlalchemy
 from sqlalchemy import event
 
 from .context import ENDED, WAITING, Scope, current
+from .sessions import open_connections
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from sqlalchemy import Engine
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-__all__ = ["Checkouts", "note_checkouts", "reporting"]
+__all__ = ["Checkouts", "lasting", "note_checkouts", "reporting"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,29 +43,37 @@ Stack = list[tuple[CodeType, int]]
 
 _noting: WeakSet[Engine] = WeakSet()
 
-#: What is between the application and the pool: a leak is the application's.
-_NOT_THE_CALLER = ("/sqlalchemy/", "/sqlasession_middleware/", "/_pytest/", "/pluggy/")
+#: The folders of what is between the application and the pool: a leak is the application's. Their names alone would not
+#: do: an application, or a checkout of this library, may be in a folder that is called alike.
+_NOT_THE_CALLER = tuple(os.path.join(os.path.dirname(file), "") for file in (str(sqlalchemy.__file__), __file__))
+_NOT_THE_TEST = ("/_pytest/", "/pluggy/")
+
+
+#: Those that are to stay, whoever was the first to need them: a test's.
+lasting: WeakSet[PoolProxiedConnection] = WeakSet()
 
 
 class Checkouts:
     """The connections that somebody has taken from pools."""
 
     def __init__(self) -> None:
-        # By the pool's record: a pool has no more of them than connections, however often each is taken.
-        self._taken: WeakKeyDictionary[ConnectionPoolEntry, tuple[ref[PoolProxiedConnection], Stack]]
-        self._taken = WeakKeyDictionary()
+        # Not by the pool's record: a StaticPool gives its only one to all who ask. Who gives back forgets this one.
+        self._taken: WeakKeyDictionary[PoolProxiedConnection, Stack] = WeakKeyDictionary()
 
     def note(self, driver_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
         """Listener of a pool's ``checkout``."""
         # Not traceback.extract_stack(), which looks after each file of the stack.
-        stack = [(frame.f_code, line) for frame, line in traceback.walk_stack(sys._getframe(1))]
-        self._taken[record] = ref(proxy), stack
+        self._taken[proxy] = [(frame.f_code, line) for frame, line in traceback.walk_stack(sys._getframe(1))]
 
-    def stacks(self) -> list[str]:
-        """Where those were taken that are not back, as Python shows a stack. A detached one is its pool's no more."""
-        left = [(taken(), stack) for taken, stack in list(self._taken.values())]
+    def stacks(self, held: Collection[PoolProxiedConnection] = ()) -> list[str]:
+        """Where those were taken that are not back, as Python shows a stack. A detached one is its pool's no more.
+
+        :param held: those of whom somebody else knows that they will be given back.
+        """
         return [
-            _format(stack) for proxy, stack in left if proxy is not None and proxy.is_valid and not proxy.is_detached
+            _format(stack)
+            for proxy, stack in list(self._taken.items())
+            if proxy.is_valid and not proxy.is_detached and proxy not in lasting and proxy not in held
         ]
 
 
@@ -69,7 +82,8 @@ def _format(stack: Stack) -> str:
     frames = [
         traceback.FrameSummary(code.co_filename, line, code.co_name)
         for code, line in reversed(stack)
-        if not any(part in code.co_filename.replace("\\", "/") for part in _NOT_THE_CALLER)
+        if not code.co_filename.startswith(_NOT_THE_CALLER)
+        and not any(part in code.co_filename.replace("\\", "/") for part in _NOT_THE_TEST)
     ]
     return "".join(traceback.StackSummary.from_list(frames).format())
 
@@ -84,7 +98,7 @@ class ReportingScope(Scope):
         super().clear()
         if self.state is not ENDED or self.checkouts is None:
             return
-        stacks = self.checkouts.stacks()
+        stacks = self.checkouts.stacks(_held_outside(self))
         if stacks:
             environ = self.environ
             logger.warning(
@@ -95,6 +109,18 @@ class ReportingScope(Scope):
                 "\n\n".join(stacks),
                 extra={"application": self.owner},
             )
+
+
+def _held_outside(scope: Scope) -> list[PoolProxiedConnection]:
+    """What the sessions of the scopes around this one hold: it may be this one that they were first used in."""
+    held = []
+    outer: Any = scope.token.old_value
+    while isinstance(outer, Scope):
+        if outer.session is not None:
+            connections = open_connections(outer.session)
+            held += [each.connection for each in connections if not each.closed and not each.invalidated]
+        outer = outer.token.old_value if hasattr(outer, "token") else None
+    return held
 
 
 @cache
