@@ -48,13 +48,16 @@ def is_aborted(connection: Connection) -> bool:
     return bool(getattr(info, "transaction_status", None) == IN_ERROR)
 
 
-def begin_writing(connection: Connection) -> None:
-    """Begin the transaction that Python's sqlite3 would begin before the first statement that writes."""
+def begin_writing(connection: Connection, always: bool = False) -> None:
+    """Begin the transaction that Python's sqlite3 would begin before the first statement that writes.
+
+    :param always: also where the application begins its transactions itself.
+    """
     driver_connection = _driver_connection(connection)
     # An isolation_level of None is the application's word that it begins its transactions itself.
     level = driver_connection.isolation_level
-    if not driver_connection.in_transaction and level is not None:
-        driver_connection.execute(f"BEGIN {level}")
+    if not driver_connection.in_transaction and (always or level is not None):
+        driver_connection.execute(f"BEGIN {level or ''}")
 
 
 def is_autocommitting(connection: Connection) -> bool:

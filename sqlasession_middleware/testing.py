@@ -11,9 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import Context
 from typing import Any
 from weakref import WeakSet
 
@@ -22,9 +21,9 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
 
 from .drivers import begin_writing
-from .leaks import Checkouts
+from .leaks import Checkouts, lasting
 from .middleware import SQLASessionMiddleware
-from .watch import read_only
+from .watch import is_in_autocommit, read_only
 
 __all__ = ["assert_queries", "isolated", "no_leaks"]
 
@@ -36,6 +35,7 @@ def isolated(*applications: SQLASessionMiddleware) -> Iterator[None]:
     The application commits as it likes, ``transaction=True`` included: each commit is that of a savepoint, and later
     requests see it. Replicas are read from the primary's transaction. Tables have to be there before, and what works on
     ``app.engine`` by itself is outside. All sessions of an engine share one connection, so requests run one at a time.
+    The isolation level is that of the engine, and nothing is committed in two phases.
 
     It may be nested: what an inner block stores is gone at its end, what the outer one has stored stays until its own.
 
@@ -66,7 +66,8 @@ class _Isolation:
 
         def make_isolated(**options: Any) -> Session:
             made = make(**{"join_transaction_mode": "create_savepoint", **options})
-            choose = made.get_bind
+            made.twophase = False
+            choose, connect = made.get_bind, made.connection
 
             def get_bind(*arguments: Any, **more: Any) -> Any:
                 bind = choose(*arguments, **more)
@@ -74,7 +75,15 @@ class _Isolation:
                     return self._connection(default if bind in read_only else bind)
                 return self._within(bind) if bind in _isolated else bind
 
+            def connection(
+                bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None
+            ) -> Connection:
+                options = dict(execution_options or {})
+                options.pop("isolation_level", None)  # The transaction has begun, with the one that it has.
+                return connect(bind_arguments=bind_arguments, execution_options=options or None)
+
             made.get_bind = get_bind  # type: ignore[method-assign]
+            made.connection = connection  # type: ignore[method-assign]
             return made
 
         return make_isolated
@@ -82,12 +91,11 @@ class _Isolation:
     def _connection(self, engine: Engine) -> Connection:
         connection = self._connections.get(engine)
         if connection is None:
-            # In no request's context: it is no leak of the one that happens to be first.
-            connection = self._connections[engine] = self._stack.enter_context(Context().run(engine.connect))
+            connection = self._connections[engine] = self._stack.enter_context(_connect(engine))
             _isolated.add(connection)
             self._stack.callback(connection.begin().rollback)
             if engine.dialect.name == "sqlite":
-                begin_writing(connection)  # Else Python's driver would commit the first savepoint.
+                begin_writing(connection, always=True)  # Else the driver would commit the first savepoint.
         return connection
 
     def _within(self, outer: Connection) -> Connection:
@@ -95,6 +103,15 @@ class _Isolation:
             self._connections[outer] = outer
             self._stack.callback(outer.begin_nested().rollback)
         return outer
+
+
+def _connect(engine: Engine) -> Connection:
+    connection = engine.connect()
+    lasting.add(connection.connection)
+    if is_in_autocommit(connection):
+        # Nothing could be rolled back there.
+        connection.execution_options(isolation_level=connection.default_isolation_level)
+    return connection
 
 
 def _restore(application: SQLASessionMiddleware, make: Callable[..., Session] | None) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "attempts",
     "failure_of",
     "forgotten",
+    "is_in_autocommit",
     "read_only",
     "watch_commits",
     "watch_failures",
@@ -220,10 +221,15 @@ def _count_commit_twophase(connection: Connection, xid: Any, is_prepared: bool) 
     _count_commit(connection)
 
 
-def _count_autocommit(connection: Connection) -> None:
-    """Each statement of a connection in autocommit is durable at once, and no event says so."""
+def is_in_autocommit(connection: Connection) -> bool:
+    """Whether each statement of a connection is durable at once."""
     level = connection.get_execution_options().get("isolation_level")
     if level is None:
         level = getattr(connection.dialect, "_on_connect_isolation_level", None)
-    if level == "AUTOCOMMIT" or is_autocommitting(connection):
+    return level == "AUTOCOMMIT" or is_autocommitting(connection)
+
+
+def _count_autocommit(connection: Connection) -> None:
+    """No event says so."""
+    if is_in_autocommit(connection):
         _count_commit(connection)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from textwrap import dedent
 
 import pytest
-from sqlalchemy import Integer, MetaData, String, create_engine, func, select, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Integer, MetaData, String, create_engine, func, make_url, select, text
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from werkzeug.test import Client
 
@@ -180,6 +181,69 @@ def test_applications_on_one_engine_share_its_transaction(sqlite_engine):
     with isolated(one), isolated(two):
         pass
     assert one.new_session is new_session
+
+
+def serializable(environ, start_response):
+    session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+    return commits(environ, start_response)
+
+
+#: What an application may have that goes against one transaction for all.
+CONTRARY = {
+    "two phases": (commits, {"session_options": {"twophase": True}}),
+    "a level of its own": (serializable, {}),
+    "autocommit": (commits, {"engine_options": {"isolation_level": "AUTOCOMMIT"}}),
+}
+
+
+@pytest.mark.parametrize("name", CONTRARY)
+def test_is_isolated_in_spite_of(database_url, name):
+    inner, options = CONTRARY[name]
+    app = SQLASessionMiddleware(inner, database_url, metadata=metadata, **options)
+    app.drop_database()
+    app.init_database()
+    with isolated(app):
+        assert Client(app).get("/Ada", buffered=True).text == "1"
+        assert Client(app).get("/Grace", buffered=True).text == "2"
+    with app.engine.connect() as connection:
+        assert connection.scalar(select(func.count(Guest.id))) == 0
+    app.drop_database()
+    app.dispose()
+
+
+def test_sqlite_whose_transactions_nobody_begins(sqlite_url):
+    options = {"connect_args": {"isolation_level": None}}
+    app = SQLASessionMiddleware(commits, sqlite_url, metadata=metadata, engine_options=options)
+    app.init_database()
+    with isolated(app):
+        assert Client(app).get("/Ada", buffered=True).text == "1"
+    assert count(app) == 0
+    app.dispose()
+
+
+def test_isolation_that_begins_in_a_test_for_leaks_is_none(app):
+    with isolated(app):
+        with no_leaks():
+            Client(app).get("/Ada", buffered=True)
+        kept = []
+        with pytest.raises(AssertionError, match=r"^1 connections"), no_leaks():
+            kept.append(app.engine.connect())
+        kept.pop().close()
+
+
+def test_database_that_is_down_is_unavailable_inside_of_isolation(server_url):
+    """Also where the application has made a page of the error: it is the scope that knows."""
+
+    def inner(environ, start_response):
+        with suppress(OperationalError):
+            session.execute(text("SELECT 1"))
+        start_response("500 Internal Server Error", [])
+        return [b""]
+
+    app = SQLASessionMiddleware(inner, make_url(server_url).set(port=1), unavailable=True)
+    with isolated(app):
+        assert Client(app).get("/", buffered=True).status_code == 503
+    app.dispose()
 
 
 def test_assert_queries(sqlite_engine):
