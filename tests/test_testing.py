@@ -15,6 +15,8 @@ from werkzeug.test import Client
 from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware.testing import assert_queries, isolated, no_leaks
 
+from .conftest import DATABASES_SEEN
+
 pytest_plugins = ["pytester"]
 
 metadata = MetaData()
@@ -253,6 +255,43 @@ def test_assert_queries(sqlite_engine):
     assert statements == ["SELECT 1", "SELECT 2"]
     with assert_queries(0):
         pass
+
+
+def test_assert_queries_does_not_count_what_a_transaction_needs(database_url):
+    """Neither by itself nor where a replica's transaction is ended."""
+
+    replicas = [database_url]
+    app = SQLASessionMiddleware(respond, database_url, metadata=metadata, transaction=True, replicas=replicas)
+    app.drop_database()
+    app.init_database()
+    with assert_queries(1):
+        Client(app).get("/", buffered=True)
+    app.drop_database()
+    app.dispose()
+
+
+def test_assert_queries_does_not_count_two_phases():
+    """MariaDB's, which every server of it admits."""
+    app = SQLASessionMiddleware(
+        commits, DATABASES_SEEN.url("mariadb", ""), metadata=metadata, session_options={"twophase": True}
+    )
+    app.drop_database()
+    app.init_database()
+    with assert_queries(2):
+        Client(app).get("/Ada", buffered=True)
+    app.drop_database()
+    app.dispose()
+
+
+@pytest.mark.parametrize("statement", ["BEGIN", "BEGIN IMMEDIATE", "rollback"])
+def test_assert_queries_does_not_count_who_begins_by_hand(sqlite_url, statement):
+    engine = create_engine(sqlite_url, isolation_level="AUTOCOMMIT")
+    with assert_queries(1), engine.connect() as connection:
+        if statement == "rollback":
+            connection.connection.dbapi_connection.execute("BEGIN")
+        connection.execute(text(statement))
+        connection.execute(text("SELECT 1"))
+    engine.dispose()
 
 
 def ask(engine, expected: int, *statements: str) -> None:
