@@ -35,8 +35,9 @@ def isolated(*applications: SQLASessionMiddleware) -> Iterator[None]:
 
     The application commits as it likes, ``transaction=True`` included: each commit is that of a savepoint, and later
     requests see it. Replicas are read from the primary's transaction. Tables have to be there before, and what works on
-    ``app.engine`` by itself is outside. All sessions of an engine share one connection, so requests run one at a time.
-    The isolation level is that of the engine, and nothing is committed in two phases.
+    ``app.engine`` by itself is outside. The isolation level is the engine's, and nothing is committed in two phases.
+    All sessions of an engine share one connection, so requests have to come one at a time: a server that is tested is
+    best given one thread.
 
     It may be nested: what an inner block stores is gone at its end, what the outer one has stored stays until its own.
 
