@@ -165,7 +165,7 @@ def create(ini: Ini) -> None:
 def drop(ini: Ini, yes: bool) -> None:
     """Drop all tables, with everything in them, of every application with a database."""
     _, applications = _load(ini)
-    if not yes and not all(click.confirm(f"Drop {_tables(each)} of {each!r}?") for each in applications):
+    if not yes and not all(_confirm(f"Drop {_tables(each)} of {each!r}?") for each in applications):
         _fail("nothing was dropped.")
     for application in applications:
         click.echo(f"dropping {_tables(application)} of {application!r} …")
@@ -227,10 +227,18 @@ def serve(ini: Ini, host: str | None, port: int | None, threads: int | None) -> 
 
 
 def _serve(server: Any) -> None:  # pragma: no cover  # in a process of its own
-    several = getattr(server, "effective_listen", None)
-    for host, port in several or [(server.effective_host, server.effective_port)]:
+    # Its "listen" may have several addresses, and a name, too: then the server has several sockets.
+    for host, port in getattr(server, "effective_listen", None) or [(server.effective_host, server.effective_port)]:
         click.echo(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}/")
     server.run()
+
+
+def _confirm(question: str) -> bool:
+    try:
+        return click.confirm(question)
+    except click.Abort:  # Nobody is there to answer, or has typed Ctrl-C.
+        click.echo(err=True)
+        return False
 
 
 def _tables(application: SQLASessionMiddleware) -> str:

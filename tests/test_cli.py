@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,6 +18,12 @@ from sqlasession_middleware.capacity import server_of
 from sqlasession_middleware.cli import main
 
 from .integration.servers import PATIENCE
+
+
+@pytest.fixture(autouse=True)
+def plain_shell(monkeypatch):
+    """Python's own, whatever is installed: IPython writes to the terminal, and reads what it likes."""
+    monkeypatch.setitem(sys.modules, "IPython", None)
 
 
 @pytest.fixture
@@ -270,7 +277,9 @@ def test_create_passes_over_an_application_without_tables(ini, tmp_path):
 def test_drop_asks_and_nobody_answers(ini, tmp_path):
     path = ini(SETTINGS)
     command("create", path)
-    assert command("drop", path).exit_code == 1
+    done = command("drop", path)
+    assert done.exit_code == 1
+    assert done.stderr.endswith("error: nothing was dropped.\n")
     assert tables(tmp_path) == ["guests"]
 
 
@@ -365,18 +374,30 @@ def test_shell_of_one_application_of_several(ini):
     assert command("shell", f"{path}#other").exit_code == 0
 
 
-#: What [server:main] says, the options of "serve", and how many addresses it listens on.
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+#: What [server:main] says, the options of "serve", and the addresses that it tells first.
 SERVED = {
-    "a port": ("port = 1", ["--port", "0"], 1),
-    "listen": ("listen = 127.0.0.1:0", [], 1),
-    "listen on several": ("listen = 127.0.0.1:0 127.0.0.1:0", [], 2),
-    "a port in place of listen": ("listen = 127.0.0.1:1", ["--port", "0"], 1),
+    "a port": ("port = 1", ["--port", "0"], ["127.0.0.1"]),
+    "all addresses": ("port = 1", ["--port", "0", "--host", "*"], ["0.0.0.0"]),
+    "IPv6": ("port = 1", ["--port", "0", "--host", "::1"], ["[::1]"]),
+    "listen": ("listen = 127.0.0.1:0", [], ["127.0.0.1"]),
+    "listen on several": ("listen = 127.0.0.1:0 127.0.0.1:0", [], ["127.0.0.1", "127.0.0.1"]),
+    "a port in place of listen": ("listen = 127.0.0.1:1", ["--port", "0"], ["127.0.0.1"]),
 }
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_serve(ini, name):
-    where, options, count = SERVED[name]
+    where, options, addresses = SERVED[name]
+    if name == "IPv6" and not has_ipv6():
+        pytest.skip("the machine has no IPv6")
     path = ini(SETTINGS, f"\n[server:main]\nuse = egg:waitress#main\n{where}\nthreads = 2\n")
     assert command("create", path).exit_code == 0
     script = "import sys; from sqlasession_middleware.cli import main; main(sys.argv[1:])"
@@ -384,10 +405,11 @@ def test_serve(ini, name):
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            for _ in range(count):
-                found = re.fullmatch(r"serving on (http://127.0.0.1:\d+/)\n", server.stdout.readline())
+            for address in addresses:
+                found = re.fullmatch(rf"serving on http://{re.escape(address)}:(\d+)/\n", server.stdout.readline())
                 assert found is not None
-                with urllib.request.urlopen(f"{found[1]}Ada", timeout=PATIENCE) as response:
+                host = address.replace("0.0.0.0", "127.0.0.1")
+                with urllib.request.urlopen(f"http://{host}:{found[1]}/Ada", timeout=PATIENCE) as response:
                     assert b"Ada" in response.read()
         finally:
             server.terminate()
