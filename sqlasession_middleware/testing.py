@@ -51,8 +51,8 @@ def isolated(*applications: SQLASessionMiddleware) -> Iterator[None]:
         yield
 
 
-#: The connections of all isolated tests. An inner isolation begins a savepoint on one.
-_isolated: WeakSet[Connection] = WeakSet()
+#: the connections of all that are isolated at the moment
+_isolating: WeakSet[Connection] = WeakSet()
 
 
 class _Isolation:
@@ -60,7 +60,7 @@ class _Isolation:
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self._connections: dict[Engine | Connection, Connection] = {}
+        self._connections: dict[Engine, Connection] = {}
 
     def maker(self, application: SQLASessionMiddleware) -> Callable[..., Session]:
         """Makes Sessions of the application, on the test's connections."""
@@ -75,7 +75,9 @@ class _Isolation:
                 bind = choose(*arguments, **more)
                 if isinstance(bind, Engine):
                     return self._connection(default if bind in read_only else bind)
-                return self._within(bind) if bind in _isolated else bind
+                if bind in _isolating:
+                    self._nest(bind)
+                return bind
 
             def connection(
                 bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None
@@ -94,17 +96,17 @@ class _Isolation:
         connection = self._connections.get(engine)
         if connection is None:
             connection = self._connections[engine] = self._stack.enter_context(_connect(engine))
-            _isolated.add(connection)
             self._stack.callback(connection.begin().rollback)
             if engine.dialect.name == "sqlite":
                 begin_writing(connection, always=True)  # Else the driver would commit the first savepoint.
+            _isolating.add(connection)
         return connection
 
-    def _within(self, outer: Connection) -> Connection:
-        if outer not in self._connections.values():
-            self._connections[outer] = outer
-            self._stack.callback(outer.begin_nested().rollback)
-        return outer
+    def _nest(self, connection: Connection) -> None:
+        """Be a part of another isolation, which goes on after this one."""
+        if connection.engine not in self._connections:
+            self._connections[connection.engine] = connection
+            self._stack.callback(connection.begin_nested().rollback)
 
 
 def _connect(engine: Engine) -> Connection:
