@@ -75,7 +75,7 @@ def test_several_instances_of_one_class_have_an_engine_each(tmp_path) -> None:
 
 @pytest.mark.parametrize("where", ["a context", "a request that commits by itself"])
 def test_commit_of_what_the_database_has_given_up_is_refused(app: SQLASessionMiddleware, where: str) -> None:
-    """PostgreSQL answers such a COMMIT with a ROLLBACK, and no error. Elsewhere a failed statement undoes itself only."""
+    """PostgreSQL answers such a COMMIT with a ROLLBACK. Elsewhere a failed statement undoes only itself."""
 
     def work() -> None:
         session.add(Note(content="kept"))

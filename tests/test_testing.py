@@ -172,21 +172,6 @@ def test_binds_and_replicas(tmp_path):
     app.dispose()
 
 
-def test_one_isolation_inside_of_another(app):
-    client = Client(app)
-    with isolated(app):
-        client.get("/Ada", buffered=True)
-        for _ in range(2):
-            with isolated(app):
-                assert client.get("/Grace", buffered=True).text == "2"
-                assert client.get("/Joan", buffered=True).text == "3"
-            assert count(app) == 1
-        with isolated(app), pytest.raises(IntegrityError):
-            client.get("/Ada", buffered=True)
-        assert client.get("/Grace", buffered=True).text == "2"
-    assert count(app) == 0
-
-
 def test_applications_on_one_engine_share_its_transaction(sqlite_engine):
     metadata.create_all(sqlite_engine)
     one, two = (SQLASessionMiddleware(commits, sqlite_engine) for _ in range(2))
