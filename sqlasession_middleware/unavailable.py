@@ -14,9 +14,12 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import DBAPIError
+
 from . import answers
 from .bodies import HeldBody, close_quietly, first_chunk, iterate
 from .context import ENDED, WAITING, Scope, current
+from .engines import without_passwords_of_urls
 from .errors import ConfigurationError, shown
 from .failures import Failure
 from .files import is_file
@@ -93,9 +96,19 @@ class UnavailableMiddleware:
     ) -> Iterable[bytes]:
         close_quietly(body)
         logger.error(
-            "The database is out of reach: %s %r is answered with 503",
+            "The database is out of reach: %s %r is answered with 503: %s",
             environ.get("REQUEST_METHOD"),
             environ.get("PATH_INFO"),
+            _said_by_the_driver(cause),
             exc_info=cause,
         )
         return answers.unavailable(self.retry_after)(environ, start_response)
+
+
+def _said_by_the_driver(error: BaseException) -> str:
+    """What is the matter, on one line, where the application may have made another error of it."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    original = next((each.orig for each in causes if isinstance(each, DBAPIError) and each.orig is not None), error)
+    return without_passwords_of_urls(" ".join(str(original).split()))

@@ -386,7 +386,7 @@ def fail_to_roll_back(make: Any) -> None:
 
 
 @provokes("The database cannot be reached at the moment. Please try again later.")
-@provokes("The database is out of reach: … … is answered with 503")
+@provokes("The database is out of reach: … … is answered with 503: …")
 def find_no_server(make: Any) -> tuple[str, dict[str, str], bytes]:
     return call(make(lets_it_pass, f"postgresql+psycopg://shop@127.0.0.1:{free_port()}/shop", unavailable=True))
 

@@ -110,6 +110,8 @@ def test_answer_is_503_when_the_server_is_not_there(
     assert record.exc_info is not None
     error = record.exc_info[1]
     assert isinstance(error, OperationalError) or isinstance(error.__cause__, OperationalError)
+    assert " is answered with 503: " in record.getMessage()
+    assert "127.0.0.1" in record.getMessage()
     assert SECRET not in caplog.text
     assert wrapped.engine.pool.checkedout() == 0
 
