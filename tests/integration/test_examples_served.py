@@ -38,7 +38,6 @@ COMMANDS = {
     "frameworks/django_app.py": ["python django_app.py runserver 8000"],
     "frameworks/webob_app.py": ["waitress-serve --listen 127.0.0.1:8000 webob_app:app"],
     "migrations/development.ini": [
-        "export PYTHONPATH=.",
         "alembic -c development.ini upgrade head",
         "sqlasession serve development.ini",
     ],
