@@ -439,6 +439,20 @@ def test_what_an_ini_calls_may_lie_in_the_current_folder(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_current_folder_is_looked_into(ini, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert command("create", ini(SETTINGS)).exit_code == 0
+    assert sys.path.count(str(tmp_path)) == 1
+
+
+def test_serve_refuses_a_wrong_listen(ini):
+    done = command("serve", ini(SETTINGS, "\n[server:main]\nuse = egg:waitress#main\nlisten = 256.256.256.256:80\n"))
+    assert done.exit_code == 1
+    assert "error: waitress cannot listen: " in done.stderr
+
+
 def test_serve_logs_as_the_ini_says(ini, tmp_path):
     sections = f"""
 [loggers]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Column, Engine, Integer, MetaData, Table, create_engine, event, insert, make_url, select, text
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
@@ -429,6 +430,14 @@ def test_engine_that_was_used_before_it_was_given(sqlite_engine: Engine) -> None
     app = SQLASessionMiddleware(nothing, sqlite_engine)
     with app.engine.connect() as connection:
         assert connection.execute(text("SELECT 1")).scalar_one() == 1
+
+
+def test_isolation_level_is_left_to_a_dialect_that_has_to_be_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(dialect: Any, driver_connection: Any) -> list[str]:
+        return list(driver_connection.levels)
+
+    monkeypatch.setattr(SQLiteDialect_pysqlite, "get_isolation_level_values", ask)
+    wrap("sqlite:///levels.db", engine_options={"isolation_level": "DAYDREAM"})
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///shop.db", "postgresql+psycopg://localhost/shop"])

@@ -268,6 +268,13 @@ def test_an_engine_that_was_given_reports_once_for_two_applications(tmp_path, re
     assert ["not given back 1 of" in report for report in reports()] == [True, True]
 
 
+def test_tells_nothing_of_what_was_taken_outside_of_requests(tmp_path, reports):
+    app = made(tmp_path, use_the_session)
+    kept.append(app.engine.connect())
+    Client(app).get("/", buffered=True)
+    assert reports() == []
+
+
 def test_without_the_option_nobody_listens(tmp_path, reports):
     app = made(tmp_path, take_connection, report_leaks=False)
     Client(app).get("/", buffered=True)
