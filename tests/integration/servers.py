@@ -85,6 +85,17 @@ KINDS = {
 }
 
 
+def end_group(leader: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it has started, by force if need be."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        leader.wait(5)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait()
+
+
 @dataclass
 class Server:
     """One running server."""
@@ -124,14 +135,8 @@ class Server:
         raise RuntimeError(f"{self.kind.name} does not answer:\n{self.log.read_text(errors='replace')}")
 
     def stop(self) -> None:
-        """End it and its workers, by force if need be."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """End it and its workers."""
+        end_group(self.process)
 
     def admin(self) -> dict[str, Any]:
         head, body = split(self.raw("GET", "/admin/"))

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -23,7 +22,7 @@ import gunicorn
 import pytest
 
 from ..ports import free_port
-from .servers import PATIENCE, ROOT
+from .servers import PATIENCE, ROOT, end_group
 from .test_preload import BAD_NEWS
 
 EXAMPLES = ROOT / "examples"
@@ -110,14 +109,8 @@ class Served:
             return text
 
     def stop(self) -> None:
-        """End it and all of its processes, by force if need be."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(5)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """End it and all of its processes."""
+        end_group(self.process)
 
 
 @contextmanager
