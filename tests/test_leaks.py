@@ -179,7 +179,7 @@ def test_tells_nothing_of_what_was_given_back(tmp_path, reports, work):
 
 @pytest.mark.parametrize("pool", [NullPool, StaticPool, SingletonThreadPool, QueuePool])
 def test_tells_it_of_each_pool(tmp_path, reports, pool):
-    engine = create_engine(f"sqlite:///{tmp_path}/pool.db", poolclass=pool)
+    engine = use(create_engine(f"sqlite:///{tmp_path}/pool.db", poolclass=pool))
     app = SQLASessionMiddleware(lambda environ, start_response: [], engine, report_leaks=True)
     with app.context():
         take_connection()
@@ -188,8 +188,6 @@ def test_tells_it_of_each_pool(tmp_path, reports, pool):
     (report,) = reports()
     assert "not given back 1 of the connections" in report
     assert "in take_connection" in report
-    kept.pop().close()
-    engine.dispose()
 
 
 @pytest.mark.parametrize("folder", ["sqlalchemy", "sqlasession_middleware"])
@@ -203,7 +201,6 @@ def test_shows_an_application_whose_folder_is_called_as_the_library(tmp_path, re
     Client(app).get("/", buffered=True)
     (report,) = reports()
     assert "in take_in_shop" in report
-    app.dispose()
 
 
 def test_session_of_an_outer_scope_may_be_first_used_in_an_inner_one(tmp_path, reports):
@@ -217,8 +214,6 @@ def test_session_of_an_outer_scope_may_be_first_used_in_an_inner_one(tmp_path, r
         assert "not given back 1 of" in report
         assert "in take_connection" in report
     assert len(reports()) == 1
-    app.dispose()
-    inner.dispose()
 
 
 def test_context_reports_as_a_request_does(tmp_path, reports):
