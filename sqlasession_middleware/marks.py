@@ -53,7 +53,7 @@ class Marker:
         self._for_position = f"; Max-Age={int(max(seconds, KEEP_POSITION)) + 1}; {attributes}"
 
     def read(self, environ: Mapping[str, Any]) -> Mark | None:
-        """The mark that a request carries, if it carries one that can be read."""
+        """The mark that a request carries, if it carries one that can be read and may matter."""
         cookies = environ.get("HTTP_COOKIE")
         if not cookies or self.name not in cookies:
             return None
@@ -62,7 +62,11 @@ class Marker:
             return None
         # A client may have several by one name: the last write counts.
         milliseconds, position = found[0] if len(found) == 1 else max(found, key=_order)
-        return Mark(int(milliseconds) / 1000, int(position) if position else None)
+        seconds = int(milliseconds) / 1000
+        if position:
+            return Mark(seconds, int(position))
+        # As is_recent(): what is older is on every replica, and nobody has to ask them.
+        return Mark(seconds, None) if abs(time.time() - seconds) < self.seconds else None
 
     def is_recent(self, mark: Mark) -> bool:
         """Whether a replica may not have the write, by the time that has passed; whoever's clock is ahead."""
