@@ -302,8 +302,7 @@ def _load(ini: Ini) -> tuple[Any, list[SQLASessionMiddleware]]:
         try:
             app = loadapp(f"config:{os.path.abspath(ini.path)}", name=ini.name or None, global_conf=_doubled(ini.given))
         except (Exception, SystemExit) as error:
-            said = _said_of_ini(error) if isinstance(error, configparser.Error) else f"{type(error).__name__}: {error}"
-            _refuse(f"{ini} cannot be loaded: {said}")
+            _refuse(f"{ini} cannot be loaded: {_said_of_ini(error)}")
     if not applications:
         _refuse(f"no 'use = egg:sqlasession_middleware' is part of {ini}.")
     for application in applications:
@@ -351,12 +350,16 @@ def _log_as_told(ini: Ini) -> None:
         try:
             logging.config.fileConfig(ini.path, _defaults(ini), disable_existing_loggers=False)
         except Exception as error:
-            said = _said_of_ini(error) if isinstance(error, configparser.Error) else f"{type(error).__name__}: {error}"
-            _refuse(f"the loggers of {ini.path} cannot be configured: {said}")
+            _refuse(f"the loggers of {ini.path} cannot be configured: {_said_of_ini(error)}")
 
 
-def _said_of_ini(error: configparser.Error) -> str:
-    """What is wrong with an ini, on one line. The parser's own words repeat values, and passwords with them."""
+def _said_of_ini(error: BaseException) -> str:
+    """What is wrong with an ini, or with what it names.
+
+    The parser's own words are not used: they repeat values, and passwords with them.
+    """
+    if not isinstance(error, configparser.Error):
+        return f"{type(error).__name__}: {error}"
     if isinstance(error, configparser.InterpolationMissingOptionError):
         return f"{error.option!r} of [{error.section}] needs {error.reference!r}, which is nowhere."
     if isinstance(error, configparser.InterpolationError):

@@ -94,6 +94,7 @@ class SQLASessionMiddleware:
         if not callable(app):
             raise ConfigurationError("app", f"must be a WSGI application, a callable, got {type(app).__name__}.")
         self.app = app
+        #: all metadata with tables of the application, of which :attr:`metadata` is the first
         self.collections = _read_metadata(metadata)
         self.metadata = self.collections[0]
         self._source = EngineSource(bind, engine_options)
