@@ -6,7 +6,6 @@ too old for this client: whoever forges it reads from the primary, or data as ol
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from hashlib import sha256
@@ -19,9 +18,6 @@ __all__ = ["Mark", "Marker"]
 
 #: For how long a client keeps a position: until then it reads from replicas that have reached it, however late.
 KEEP_POSITION = 24 * 60 * 60
-
-# Milliseconds since 1970, and bytes of the log: a position has 64 bits.
-_VALUE = r"=([0-9]{1,16})(?:\.([0-9]{1,20}))?(?=;|$)"
 
 
 class Mark(NamedTuple):
@@ -47,7 +43,7 @@ class Marker:
         self.seconds = seconds
         place = repr((url.get_backend_name(), url.host, url.port, url.database, url.query.get("host")))
         self.name = f"sqlasession_{sha256(place.encode()).hexdigest()[:8]}"
-        self._findall = re.compile(rf"(?:^|[;\s]){self.name}{_VALUE}").findall
+        self._begin = f"{self.name}="
         attributes = "Path=/; HttpOnly; SameSite=Lax"
         self._for_seconds = f"; Max-Age={int(seconds) + 1}; {attributes}"
         self._for_position = f"; Max-Age={int(max(seconds, KEEP_POSITION)) + 1}; {attributes}"
@@ -55,16 +51,26 @@ class Marker:
     def read(self, environ: Mapping[str, Any]) -> Mark | None:
         """The mark that a request carries, if it carries one that can be read and may matter."""
         cookies = environ.get("HTTP_COOKIE")
-        if not cookies or self.name not in cookies:
+        if not cookies:
             return None
-        found = self._findall(cookies)
+        _, found, value = cookies.partition(self._begin)
         if not found:
             return None
+        if self._begin not in value:
+            return self._read_value(value)
         # A client may have several by one name: the last write counts.
-        milliseconds, position = found[0] if len(found) == 1 else max(found, key=_order)
-        seconds = int(milliseconds) / 1000
-        if position:
-            return Mark(seconds, int(position))
+        marks = map(self._read_value, cookies.split(self._begin)[1:])
+        return max((mark for mark in marks if mark), key=lambda mark: (mark.position or 0, mark.time), default=None)
+
+    def _read_value(self, value: str) -> Mark | None:
+        """:param value: of the cookie, and whatever follows it."""
+        milliseconds, _, position = value.partition(";")[0].partition(".")
+        try:
+            seconds = int(milliseconds) / 1000
+            if position:
+                return Mark(seconds, int(position))
+        except (ValueError, OverflowError):  # Garbled, or forged.
+            return None
         # As is_recent(): what is older is on every replica, and nobody has to ask them.
         return Mark(seconds, None) if abs(time.time() - seconds) < self.seconds else None
 
@@ -80,8 +86,3 @@ class Marker:
             cookie = f"{self.name}={int(mark.time * 1000)}.{mark.position}{self._for_position}"
         is_secure = environ is not None and environ.get("wsgi.url_scheme") == "https"
         return ("Set-Cookie", f"{cookie}; Secure" if is_secure else cookie)
-
-
-def _order(value: tuple[str, str]) -> tuple[int, int]:
-    milliseconds, position = value
-    return int(position or 0), int(milliseconds)

@@ -82,8 +82,6 @@ class Routing:
                 return make_routing(**more) if has_binds else on_primary(**more)
             opened: Any = make_routing(**more) if has_binds or scope.is_safe() else on_primary(**more)
             opened.home = scope
-            if scope.headers is None:
-                scope.tell_at_head()
             return opened  # type: ignore[no-any-return]
 
         return make_routing if self.replicas is None else make
@@ -143,32 +141,17 @@ class RoutedScope(Scope):
             route = self.route = Route(not self.is_safe(), mark)
         return route
 
-    def tell_at_head(self) -> None:
-        """Have the client told with the head of the response what the request has written by then.
-
-        Only a request with a session comes here: to any other the replicas cost nothing.
-        """
-        start_response = self.start_response
-        if start_response is not None and type(start_response) is not Telling:
-            self.start_response = Telling(_start_and_tell, self, start_response)
-
-
-class Telling(partial[Any]):
-    """The server's ``start_response``, with the cookie if there is something to tell."""
-
-
-def _start_and_tell(
-    scope: RoutedScope, start_response: Callable[..., Any], status: str, headers: list[tuple[str, str]], *exc_info: Any
-) -> Any:
-    opened = scope.session
-    # The public names for a transaction that is open, and for what a flush would write, take a call, or make sets.
-    if scope.written is not None or (
-        opened is not None
-        and opened._transaction is not None
-        and (getattr(opened, "has_written", True) or not opened._is_clean())
-    ):
-        headers = [*headers, scope.owner.routing.replicas.marker.header(scope.written, scope.environ)]
-    return start_response(status, headers, *exc_info)
+    def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
+        """As any scope's; the head tells the client what the request has written by then, or may have."""
+        opened: Any = self.session
+        # The public names for a transaction that is open, and for what a flush would write, take a call, or make sets.
+        if self.written is not None or (
+            opened is not None
+            and opened._transaction is not None
+            and (getattr(opened, "may_have_written", True) or not opened._is_clean())
+        ):
+            headers = [*headers, self.owner.routing.replicas.marker.header(self.written, self.environ)]
+        return super().start(status, headers, exc_info)
 
 
 class PrimarySession(RequestSession):
@@ -179,7 +162,7 @@ class PrimarySession(RequestSession):
     home: RoutedScope | None = None
     #: Whether a commit tells the client that it has written. Who was asked to change something is taken at his word:
     #: to look at each statement would take longer.
-    has_written = True
+    may_have_written = True
 
 
 class RoutingSession(PrimarySession):
@@ -192,7 +175,7 @@ class RoutingSession(PrimarySession):
     #: where it reads, once it is known to be a request's
     _route: Route | None = None
     #: of a request with a safe method: whether something was written since the last commit
-    has_written = False
+    may_have_written = False
 
     def get_bind(
         self, mapper: Any = None, *, clause: Any = None, bind: Any = None, bind_key: str | None = None, **more: Any
@@ -235,7 +218,7 @@ class RoutingSession(PrimarySession):
             return default
         # Without a statement it is a flush, or the application asks for the connection itself.
         if clause is None or not is_read_throughout(clause):
-            route.moved = self.has_written = True
+            route.moved = self.may_have_written = True
             return default
         if route.transaction is None or route.transaction is not self.get_transaction():
             replica = replicas.connect(self, route.mark, route.replica)
@@ -257,14 +240,14 @@ class RoutingSession(PrimarySession):
 
     def _note(self, clause: Any) -> None:
         """Note whether a statement on the primary writes."""
-        if not self.has_written and (clause is None or not is_read_throughout(clause)):
-            self.has_written = True
+        if not self.may_have_written and (clause is None or not is_read_throughout(clause)):
+            self.may_have_written = True
 
     def _find_route(self, replicas: Replicas) -> Route | None:
         home = self.home
         if home is not None and home.session is self and self.bind is self.routing.engine_of(None, ""):
             self._route = home.find_route(replicas)
-            self.has_written = not home.is_safe()
+            self.may_have_written = not home.is_safe()
         return self._route
 
 
@@ -280,12 +263,12 @@ def _end_reading(opened: Session) -> None:
 @event.listens_for(PrimarySession, "after_commit")
 def _note_written(opened: Session) -> None:
     """Note for the client that it has written, and how far the primary's log went."""
-    if not isinstance(opened, PrimarySession) or opened.in_nested_transaction() or not opened.has_written:
+    if not isinstance(opened, PrimarySession) or opened.in_nested_transaction() or not opened.may_have_written:
         return
     home = opened.home
     is_own = home is not None and home.session is opened
     if isinstance(opened, RoutingSession) and home is not None and home.is_safe():
-        opened.has_written = False
+        opened.may_have_written = False
     scope: Any = home if is_own else current.get(None)
     while isinstance(scope, Scope):
         # Not once the head has left: it was told by then that something may have been written.
@@ -293,7 +276,6 @@ def _note_written(opened: Session) -> None:
             primary = [connection for connection in open_connections(opened) if connection.engine is opened.bind]
             if primary:
                 scope.written = Mark(time.time(), written_position(primary[0]))
-                scope.tell_at_head()
             return
         scope = scope.token.old_value if hasattr(scope, "token") else None
 

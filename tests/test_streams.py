@@ -317,6 +317,20 @@ def test_other_streams_are_the_ones_that_are_named(make: Any, transaction: bool)
     assert held_between(make(streaming(read, lines), transaction=transaction)) == [1, 1]
 
 
+@pytest.mark.parametrize("binds", [{}, {"other": "sqlite://"}])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_replicas_take_nothing_from_a_stream(make: Any, database_url: str, method: str, binds: dict[str, str]) -> None:
+    """It gives its connections back, also where only its statements tell whether it has written."""
+    for work, held in ((read, 0), (insert_core, 1)):
+        wrapped = make(streaming(work), replicas=[database_url], binds=binds)
+        result = wrapped(environ(REQUEST_METHOD=method), lambda *head: lambda data: None)
+        pools: list[Any] = [engine.pool for engine in wrapped.engines.values()]
+        assert [sum(pool.checkedout() for pool in pools) for _ in result] == [held, held]
+        result.close()
+        assert_given_back(wrapped.engine)
+        wrapped.dispose()
+
+
 def test_stream_is_rolled_back_event_by_event_when_it_is_vetoed(make: Any) -> None:
     wrapped = make(streaming(insert_core, [*EVENTS, ("X-Tm", "abort")]), transaction=True)
     assert held_between(wrapped) == [0, 0]
