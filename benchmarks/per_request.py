@@ -139,14 +139,12 @@ LONG_LIST = [b"x"] * CHUNKS
 def measure(contenders: dict[str, Callable[[], object]], calls: int, rounds: int) -> dict[str, list[float]]:
     """Microseconds a call of each contender, a figure for each round.
 
-    A turn is some milliseconds long, so that what else the machine does falls on all of them alike. Or it is a single
-    call: then most are not the ones in which garbage is collected, and their median is that of calls without.
+    A turn is some milliseconds long, so that what else the machine does falls on all of them alike.
     """
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds + 1):
-        if calls > 1:
-            gc.collect()
+        gc.collect()
         for name in names[number % len(names) :] + names[: number % len(names)]:
             call = contenders[name]
             begin = perf_counter_ns()

@@ -6,11 +6,12 @@ work, interleaved in one process; each figure is the median over the rounds of t
 But not of one process: where the names and classes of a process lie decides which of them fight for a place in Python's
 cache of methods (4096 of them), and in one process this alone makes the same request 20 000 instructions longer, or
 shorter, than in the next: some microseconds, and more than what is measured here. So there are many processes one after
-the other, and their median; the quartiles are shown as well. And a turn is longer than in per_request.py: Python
-specialises its instructions for the classes that it meets, and each contender has its own.
+the other, and their median; the quartiles are shown as well.
 
-What the cookie costs is measured between requests of the same classes. There the contenders take turns call by call,
-which tells them apart within a tenth of a microsecond, whatever else the machine does.
+And a turn is longer than in per_request.py: Python specialises its instructions for the classes that it meets, and each
+contender has its own. Of a turn it is the median of its requests that counts, and not their mean, to which garbage and
+the rest of the machine add more than what is looked for. Where the contenders have their classes in common, as with the
+cookie, a turn is one request.
 
 The cookie is that of a database without a write-ahead log to ask: asking PostgreSQL takes a round trip, which is
 measured by itself where a server answers.
@@ -19,6 +20,7 @@ measured by itself where a server answers.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -26,9 +28,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from time import perf_counter_ns
 from typing import Any, NamedTuple
 
-from per_request import Item, Table, Work, difference, get_object, make_engine, measure, select_row, using
+from per_request import Item, Table, Work, difference, get_object, make_engine, select_row, using
 from sqlalchemy import create_engine, select, text
 
 from sqlasession_middleware import SQLASessionMiddleware, session
@@ -49,6 +52,29 @@ def serve(app: Any, method: str, cookie: str | None = None) -> list[tuple[str, s
         pass
     result.close()
     return heads[0]
+
+
+def measure(contenders: dict[str, Callable[[], object]], calls: int, rounds: int) -> dict[str, list[float]]:
+    """Microseconds a call of each contender: the median of each turn.
+
+    :param calls: of a turn.
+    :param rounds: of turns, after one to warm up.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(rounds + 1):
+        if calls > 1:
+            gc.collect()
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            call = contenders[name]
+            turn = []
+            for _ in range(calls):
+                begin = perf_counter_ns()
+                call()
+                turn.append(perf_counter_ns() - begin)
+            if number:
+                figures[name].append(statistics.median(turn) / 1000)
+    return figures
 
 
 def core_row(current: Any) -> object:
@@ -83,7 +109,7 @@ class Row(NamedTuple):
     bars: dict[str, float]
 
 
-def unused(app: Any, calls: int = 1000) -> Row:
+def unused(app: Any, calls: int = 500) -> Row:
     """Binds and replicas that are configured and not used: the method is not safe, and the tables have no bind key."""
     engine = make_engine()
     apps = {
@@ -92,7 +118,7 @@ def unused(app: Any, calls: int = 1000) -> Row:
         "replicas": SQLASessionMiddleware(app, engine, replicas=["sqlite://"]),
     }
     contenders = {name: lambda each=each: serve(each, "POST") for name, each in apps.items()}
-    return Row(calls, 7, contenders, {"binds": 1, "replicas": 1})
+    return Row(calls, 15, contenders, {"binds": 1, "replicas": 1})
 
 
 def given() -> Row:
@@ -115,7 +141,7 @@ def taken() -> Row:
 
 
 ROWS: dict[str, Callable[[], Row]] = {
-    "no session": lambda: unused(using(session, None), 20000),
+    "no session": lambda: unused(using(session, None), 10000),
     "SELECT": lambda: unused(head_first(select_row)),
     "Core": lambda: unused(head_first(core_row)),
     "ORM get": lambda: unused(head_first(get_object)),
@@ -166,7 +192,7 @@ def position_row(table: Table, rounds: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, default=51)
+    parser.add_argument("--processes", type=int, default=25)
     parser.add_argument("--one-process", action="store_true", help="print the figures of one process, as JSON")
     arguments = parser.parse_args()
     if arguments.one_process:

@@ -143,6 +143,7 @@ class RoutedScope(Scope):
 
     def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
         """As any scope's; the head tells the client what the request has written by then, or may have."""
+        self.headers = headers
         opened: Any = self.session
         # The public names for a transaction that is open, and for what a flush would write, take a call, or make sets.
         if self.written is not None or (
@@ -151,7 +152,10 @@ class RoutedScope(Scope):
             and (getattr(opened, "may_have_written", True) or not opened._is_clean())
         ):
             headers = [*headers, self.owner.routing.replicas.marker.header(self.written, self.environ)]
-        return super().start(status, headers, exc_info)
+        # Not by super(): the requests without a session would feel it.
+        start_response = self.start_response
+        assert start_response is not None
+        return start_response(status, headers) if exc_info is None else start_response(status, headers, exc_info)
 
 
 class PrimarySession(RequestSession):
