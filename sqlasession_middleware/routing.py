@@ -72,8 +72,7 @@ class Routing:
         def make_routing(**more: Any) -> Session:
             opened: Any = routing(**more)
             opened.routing = self
-            if has_choice:
-                opened.has_choice = True
+            opened.has_choice = has_choice
             return opened  # type: ignore[no-any-return]
 
         def make(**more: Any) -> Session:
