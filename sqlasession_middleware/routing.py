@@ -71,8 +71,8 @@ class Routing:
         # What a session needs to know is set here: by the constructors it would take one more of ours.
         def make_routing(**more: Any) -> Session:
             opened: Any = routing(**more)
-            opened.routing = self
-            opened.has_choice = has_choice
+            opened._routing = self
+            opened._has_choice = has_choice
             return opened  # type: ignore[no-any-return]
 
         def make(**more: Any) -> Session:
@@ -80,7 +80,7 @@ class Routing:
             if not isinstance(scope, RoutedScope):
                 return make_routing(**more) if has_binds else on_primary(**more)
             opened: Any = make_routing(**more) if has_binds or scope.is_safe() else on_primary(**more)
-            opened.home = scope
+            opened._home = scope
             return opened  # type: ignore[no-any-return]
 
         return make_routing if self.replicas is None else make
@@ -148,7 +148,7 @@ class RoutedScope(Scope):
         if self.written is not None or (
             opened is not None
             and opened._transaction is not None
-            and (getattr(opened, "may_have_written", True) or not opened._is_clean())
+            and (getattr(opened, "_may_have_written", True) or not opened._is_clean())
         ):
             headers = [*headers, self.owner.routing.replicas.marker.header(self.written, self.environ)]
         # Not by super(): the requests without a session would feel it.
@@ -158,27 +158,30 @@ class RoutedScope(Scope):
 
 
 class PrimarySession(RequestSession):
-    """The Session of an application with replicas, where it is on the primary from the start."""
+    """The Session of an application with replicas, where it is on the primary from the start.
+
+    What is public of a Session is SQLAlchemy's and the application's, whose own class may have any name.
+    """
 
     #: the scope that it was made in. It is the scope's own Session if that one has it: then it is the request's also
     #: where another thread, or a context of another application, works with it
-    home: RoutedScope | None = None
+    _home: RoutedScope | None = None
     #: Whether a commit tells the client that it has written. Who was asked to change something is taken at his word:
     #: to look at each statement would take longer.
-    may_have_written = True
+    _may_have_written = True
 
 
 class RoutingSession(PrimarySession):
     """The Session of an application with more than one engine."""
 
     #: what they are
-    routing: Routing
+    _routing: Routing
     #: whether a class of the application's own, or bind_mapper() and bind_table(), may choose another default
-    has_choice = False
+    _has_choice = False
     #: where it reads, once it is known to be a request's
     _route: Route | None = None
     #: of a request with a safe method: whether something was written since the last commit
-    may_have_written = False
+    _may_have_written = False
 
     def get_bind(
         self, mapper: Any = None, *, clause: Any = None, bind: Any = None, bind_key: str | None = None, **more: Any
@@ -188,7 +191,7 @@ class RoutingSession(PrimarySession):
         :param bind: or ``bind_key``, in ``bind_arguments``: the application's own choice.
         :raises UnboundExecutionError: if there is no such bind key.
         """
-        routing = self.routing
+        routing = self._routing
         replicas = routing.replicas
         if bind is None and bind_key is not None:
             bind = routing.engine_of(bind_key, "bind_arguments")
@@ -209,7 +212,7 @@ class RoutingSession(PrimarySession):
             if key is not None:
                 return routing.engine_of(key, f"{clause if mapper is None else mapper}")
         default: Any = self.bind
-        if self.has_choice:
+        if self._has_choice:
             chosen = super().get_bind(mapper, clause=clause, **more)
             if chosen is not default:
                 return chosen
@@ -221,7 +224,7 @@ class RoutingSession(PrimarySession):
             return default
         # Without a statement it is a flush, or the application asks for the connection itself.
         if clause is None or not is_read_throughout(clause):
-            route.moved = self.may_have_written = True
+            route.moved = self._may_have_written = True
             return default
         if route.transaction is None or route.transaction is not self.get_transaction():
             replica = replicas.connect(self, route.mark, route.replica)
@@ -233,24 +236,24 @@ class RoutingSession(PrimarySession):
 
     def bind_mapper(self, *arguments: Any, **more: Any) -> None:
         """As SQLAlchemy's."""
-        self.has_choice = True
+        self._has_choice = True
         super().bind_mapper(*arguments, **more)
 
     def bind_table(self, *arguments: Any, **more: Any) -> None:
         """As SQLAlchemy's."""
-        self.has_choice = True
+        self._has_choice = True
         super().bind_table(*arguments, **more)
 
     def _note(self, clause: Any) -> None:
         """Note whether a statement on the primary writes."""
-        if not self.may_have_written and (clause is None or not is_read_throughout(clause)):
-            self.may_have_written = True
+        if not self._may_have_written and (clause is None or not is_read_throughout(clause)):
+            self._may_have_written = True
 
     def _find_route(self, replicas: Replicas) -> Route | None:
-        home = self.home
-        if home is not None and home.session is self and self.bind is self.routing.engine_of(None, ""):
+        home = self._home
+        if home is not None and home.session is self and self.bind is self._routing.engine_of(None, ""):
             self._route = home.find_route(replicas)
-            self.may_have_written = not home.is_safe()
+            self._may_have_written = not home.is_safe()
         return self._route
 
 
@@ -266,12 +269,12 @@ def _end_reading(opened: Session) -> None:
 @event.listens_for(PrimarySession, "after_commit")
 def _note_written(opened: Session) -> None:
     """Note for the client that it has written, and how far the primary's log went."""
-    if not isinstance(opened, PrimarySession) or opened.in_nested_transaction() or not opened.may_have_written:
+    if not isinstance(opened, PrimarySession) or opened.in_nested_transaction() or not opened._may_have_written:
         return
-    home = opened.home
+    home = opened._home
     is_own = home is not None and home.session is opened
     if isinstance(opened, RoutingSession) and home is not None and home.is_safe():
-        opened.may_have_written = False
+        opened._may_have_written = False
     scope: Any = home if is_own else current.get(None)
     while isinstance(scope, Scope):
         # Not once the head has left: it was told by then that something may have been written.

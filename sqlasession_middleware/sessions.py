@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import ExecutionContext
 
-__all__ = ["NotingSession", "close_transaction", "open_connections", "remove_session", "session", "session_class_for"]
+__all__ = [
+    "close_transaction",
+    "has_noted_cursor",
+    "has_noted_write",
+    "open_connections",
+    "remove_session",
+    "session",
+    "session_class_for",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -98,15 +106,21 @@ class NotingSession(RequestSession):
             self._written = self.get_transaction()
         return super().get_bind(mapper, clause=clause, **more)
 
-    def has_written(self) -> bool:
-        """Whether the open transaction may have written."""
-        written = self._written
-        return written is not None and (written is self._NEXT or written is self.get_transaction())
 
-    def has_open_cursor(self) -> bool:
-        """Whether rows are still to be fetched from a server-side cursor."""
-        contexts = (reference() for reference in self._streamed)
-        return any(context is not None and not _is_closed(context.cursor) for context in contexts)
+def has_noted_write(opened: Session) -> bool:
+    """Whether the open transaction may have written, by its statements; True where nobody has noted them."""
+    if not isinstance(opened, NotingSession):
+        return True
+    written = opened._written
+    return written is not None and (written is opened._NEXT or written is opened.get_transaction())
+
+
+def has_noted_cursor(opened: Session) -> bool:
+    """Whether rows are still to be fetched from a server-side cursor; False where nobody has noted them."""
+    if not isinstance(opened, NotingSession):
+        return False
+    contexts = (reference() for reference in opened._streamed)
+    return any(context is not None and not _is_closed(context.cursor) for context in contexts)
 
 
 def _is_closed(cursor: Any) -> bool:

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, SessionTransactionOrigin
 from .bodies import iterate
 from .context import Scope
 from .drivers import can_tell_writes, has_open_cursor, has_written
-from .sessions import NotingSession, close_transaction, current_scope, open_connections
+from .sessions import close_transaction, current_scope, has_noted_cursor, has_noted_write, open_connections
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -138,7 +138,7 @@ def held_connections(opened: Session) -> list[Connection] | None:
         transaction.origin is not SessionTransactionOrigin.AUTOBEGIN
         or opened.in_nested_transaction()
         or not opened.is_active
-        or (isinstance(opened, NotingSession) and opened.has_open_cursor())
+        or has_noted_cursor(opened)
         or any(has_open_cursor(connection) for connection in held)
     ):
         return None
@@ -148,4 +148,4 @@ def held_connections(opened: Session) -> list[Connection] | None:
 def _may_have_written(opened: Session, connection: Connection) -> bool:
     if can_tell_writes(connection.dialect.name):
         return has_written(connection)
-    return not isinstance(opened, NotingSession) or opened.has_written()
+    return has_noted_write(opened)

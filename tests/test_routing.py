@@ -263,7 +263,7 @@ def test_savepoint_is_no_commit(make):
     def app(environ, start_response):
         with session.begin_nested():
             write()
-        told.append(session().may_have_written)
+        told.append(session()._may_have_written)
         start_response("200 OK", [])
         return [b""]
 
@@ -619,6 +619,25 @@ def test_session_of_a_class_of_the_applications_own(make):
         return [read().encode()]
 
     assert ask(make(app, session_options={"class_": Mine}))[0] in ("one", "two")
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_names_of_a_session_are_its_classs_and_sqlalchemys(database_url, method):
+    """A mixin of ours would hide what the application's own class has by the same name."""
+
+    class Mine(Session):
+        pass
+
+    def app(environ, start_response):
+        assert [name for name in dir(session()) if not name.startswith("_")] == names
+        start_response("200 OK", [])
+        return []
+
+    names = [name for name in dir(Mine()) if not name.startswith("_")]
+    more = {"replicas": [database_url], "binds": {"other": "sqlite://"}}
+    for options in ({}, more):
+        wrapped = SQLASessionMiddleware(app, database_url, session_options={"class_": Mine}, **options)
+        assert Client(wrapped).open(method=method, buffered=True).status_code == 200
 
 
 def test_requests_that_use_no_session_make_no_engine(tmp_path):
