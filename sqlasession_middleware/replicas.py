@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from .watch import forgotten, read_only
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
+    from sqlalchemy.engine import ExceptionContext
 
 __all__ = ["Replica", "Replicas", "is_of_replica", "read_replicas"]
 
@@ -34,6 +36,9 @@ _OUT_OF_REACH = (Failure.UNAVAILABLE, Failure.LOST)
 
 #: How long a replica may take to accept a connection before it is passed over, in seconds, where the URL does not say.
 CONNECT_TIMEOUT = 3
+#: How the servers, and SQLite, refuse to write: "read-only transaction", "READ ONLY", "readonly database".
+_REFUSAL = re.compile("read.?only", re.IGNORECASE)
+
 _HAVE_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb", "mariadbconnector")
 
 
@@ -72,6 +77,7 @@ class Replica:
             engine = self.source.engine
             read_only.add(engine)
             event.listen(engine, "connect", self._note_connect)
+            event.listen(engine, "handle_error", _explain_refusal)
             if not self.source.given:
                 event.listen(engine, "connect", self._make_read_only)
                 event.listen(engine, "do_connect", _limit_connecting)
@@ -177,6 +183,15 @@ class Replicas:
             logger.warning(
                 "The replica %r is out of reach, and is tried again after %s s: %s", replica, self._retry, said
             )
+
+
+def _explain_refusal(context: ExceptionContext) -> None:
+    error = context.sqlalchemy_exception
+    if error is not None and _REFUSAL.search(str(context.original_exception)):
+        error.add_note(
+            "This went to a replica, because the statement does not look as if it wrote:"
+            " call on_primary() before it, or let the request have a method such as POST."
+        )
 
 
 def _limit_connecting(dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]) -> None:

@@ -401,6 +401,12 @@ def lose_a_replica(make: Any) -> None:
     call(app)
 
 
+@provokes("This went to a replica, because the statement does not look as if it wrote: …")
+def write_to_a_replica(make: Any) -> None:
+    with make(replicas=["sqlite://"]).engines["replicas[0]"].begin() as connection:
+        connection.execute(text("CREATE TABLE written (id int)"))
+
+
 # Responses and streams.
 
 
@@ -626,6 +632,7 @@ def observe(provoke: Callable[..., Any], request: pytest.FixtureRequest, caplog:
             seen += shown(provoke(**arguments))
         except Exception as error:
             seen.append(Message(type(error).__name__, str(error)))
+            seen += [Message("note of an error", each) for each in getattr(error, "__notes__", ())]
     seen += [Message(each.category.__name__, str(each.message)) for each in warned]
     return seen + [told(record) for record in caplog.records if record.name.startswith("sqlasession_middleware.")]
 
@@ -699,6 +706,8 @@ class Reader(ast.NodeVisitor):
         elif name.startswith("logger."):
             level = "error" if name == "logger.exception" else name.removeprefix("logger.")
             self._note(node, f"logged as {'an' if level[0] in 'ei' else 'a'} {level}", node.args[0])
+        elif name.endswith(".add_note"):
+            self._note(node, "note of an error", node.args[0])
         elif name == "warnings.warn":
             self._note(node, ast.unparse(node.args[1]), node.args[0])
         elif name in ("_fail", "_refuse"):

@@ -560,8 +560,12 @@ def test_replicas_of_servers_refuse_to_write(driver):
     app = SQLASessionMiddleware(App("read"), url, replicas=[url])
     replica = app.engines["replicas[0]"]
     for _ in range(2):  # In each transaction of a connection.
-        with pytest.raises(DBAPIError, match=r"(?i)read.only"), replica.begin() as connection:
+        with pytest.raises(DBAPIError, match=r"(?i)read.only") as raised, replica.begin() as connection:
             connection.execute(text("CREATE TABLE not_on_a_replica (id int)"))
+        assert "call on_primary() before it" in raised.value.__notes__[0]
+    with pytest.raises(DBAPIError) as raised, replica.connect() as connection:
+        connection.execute(text("SELECT 1 FROM no_such_table"))
+    assert not hasattr(raised.value, "__notes__")
     app.dispose()
 
 
