@@ -8,16 +8,18 @@ has inherited can neither be used nor say anything.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import Engine, event
+from sqlalchemy.pool import Pool, QueuePool
 
 from .context import Scope, current
 
@@ -28,19 +30,21 @@ Made = TypeVar("Made")
 
 __all__ = ["after_fork", "check_process", "checking", "has_unseen_forks", "leave_to_parent"]
 
-try:
-    importlib.import_module("uwsgi")
-except ImportError:
-    has_unseen_forks = False
-else:  # pragma: no cover
-    #: Whether Python may not be told of forks. uWSGI forks in C, unless it is configured otherwise (its option
-    #: ``py-call-osafterfork``). Only there a process is asked who it is: that is a system call.
-    has_unseen_forks = True
+#: uWSGI's own module, which is only there in its processes
+_uwsgi: Any = None
+with contextlib.suppress(ImportError):
+    _uwsgi = importlib.import_module("uwsgi")
+
+#: Whether Python may not be told of forks. uWSGI forks in C, unless it is configured otherwise (its option
+#: ``py-call-osafterfork``). Only there a process is asked who it is: that is a system call.
+has_unseen_forks = _uwsgi is not None
 
 _pid = os.getpid()
 _engines: WeakSet[Engine] = WeakSet()
 #: the pools' records of the connections of those engines
 _records: WeakSet[ConnectionPoolEntry] = WeakSet()
+#: the drivers' connections that were detached from their records
+_detached: WeakSet[Any] = WeakSet()
 #: what else is made anew in a child, such as a lock that another thread may have held
 _renewals: list[Callable[[], None]] = []
 #: keeps what a child has inherited from being garbage collected
@@ -57,9 +61,19 @@ def leave_to_parent(engine: Engine) -> None:
     if engine not in _engines:
         _engines.add(engine)
         event.listen(engine, "connect", _remember)
-        # What a given engine has connected before lies in its pool, and no public name leads to it.
-        for record in list(getattr(getattr(engine.pool, "_pool", None), "queue", ())):
-            _records.add(record)
+        event.listen(engine, "detach", _remember_detached)
+        _records.update(_known_records(engine.pool))
+        if isinstance(engine.pool, QueuePool) and engine.pool.checkedout():
+            event.listen(engine, "checkin", _remember)  # What is out at the moment comes back some time.
+
+
+def _known_records(pool: Pool) -> Iterable[ConnectionPoolEntry]:
+    """What a pool that was given has connected before, and holds. No public names lead to it."""
+    names = vars(pool)
+    idle = getattr(names.get("_pool"), "queue", ())  # QueuePool
+    only = (names.get("connection"), names.get("_conn"))  # StaticPool, AssertionPool
+    known = (*idle, *only, *names.get("_all_conns", ()))  # SingletonThreadPool
+    return [record for record in known if hasattr(record, "dbapi_connection")]
 
 
 def after_fork(renew: Callable[[], None]) -> Callable[[], None]:
@@ -92,6 +106,22 @@ def _remember(driver_connection: Any, record: ConnectionPoolEntry) -> None:
     _records.add(record)
 
 
+def _remember_detached(driver_connection: Any, record: ConnectionPoolEntry) -> None:
+    with contextlib.suppress(TypeError):  # SQLite's cannot be referred to weakly, and says nothing to a server.
+        _detached.add(driver_connection)
+
+
+def _close_idle_files() -> None:
+    """Before a fork: SQLite keeps the locks of a process, and the shared memory of a WAL, by file.
+
+    A child would have a copy of that with any open connection, although it uses it never (SQLite's "How To Corrupt An
+    SQLite Database File", 2.6): it would think the file locked by itself, and others the WAL to be nobody's.
+    """
+    for engine in list(_engines):
+        if engine.dialect.name == "sqlite" and isinstance(engine.pool, QueuePool):
+            engine.dispose()
+
+
 def _begin_anew() -> None:  # pragma: no cover
     global _beginner, _pid
     _beginner = threading.get_ident()
@@ -109,6 +139,9 @@ def _begin_anew() -> None:  # pragma: no cover
             if proxy is not None:
                 proxy.dbapi_connection = None
     _records.clear()
+    for driver_connection in list(_detached):
+        _silence(driver_connection)
+    _detached.clear()
     for engine in list(_engines):
         _keep(engine.pool)  # Nobody knows what else is in it.
         engine.dispose(close=False)
@@ -128,10 +161,15 @@ def _silence(driver_connection: Any) -> None:  # pragma: no cover
     _keep(driver_connection)
     number = _file_number(driver_connection)
     if number is not None:
-        nothing = os.open(os.devnull, os.O_RDWR)
         # Only in this process: the parent's descriptor goes on to be the socket.
-        os.dup2(nothing, number, inheritable=False)
-        os.close(nothing)
+        try:
+            nothing = os.open(os.devnull, os.O_RDWR)
+        except OSError:  # There is no free descriptor but the socket's own.
+            os.close(number)
+            nothing = os.open(os.devnull, os.O_RDWR)
+        if nothing != number:
+            os.dup2(nothing, number, inheritable=False)
+            os.close(nothing)
 
 
 def _file_number(driver_connection: Any) -> int | None:  # pragma: no cover
@@ -162,4 +200,23 @@ def _renew_lock_and_begin_anew() -> None:  # pragma: no cover
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_renew_lock_and_begin_anew)
+    os.register_at_fork(before=_close_idle_files, after_in_child=_renew_lock_and_begin_anew)
+
+
+def _listen_to_uwsgi() -> None:  # pragma: no cover  # in uWSGI
+    """Have uWSGI tell of its forks: the application may hold an engine, and use it without asking us for it."""
+    try:
+        importlib.import_module("uwsgidecorators").postfork(check_process)
+    except Exception:  # There is no such module, or it refuses to work without uWSGI's master process.
+        before = getattr(_uwsgi, "post_fork_hook", None)
+
+        def after_fork() -> None:
+            check_process()
+            if before is not None:
+                before()
+
+        _uwsgi.post_fork_hook = after_fork
+
+
+if has_unseen_forks:  # pragma: no cover
+    _listen_to_uwsgi()

@@ -334,6 +334,88 @@ def test_parent_goes_on_when_its_engine_was_connected_before_it_was_given(run: R
     run(script, {f"{who}, {what}" for who in ("parent", "child") for what in ("let go", "end")})
 
 
+def test_parent_goes_on_with_a_connection_that_was_detached(run: Run) -> None:
+    script = """
+        def end():
+            for each in (apart.commit, apart.rollback):
+                with suppress(Exception):
+                    each()
+
+        for child in (gc.collect, end):
+            apart = app.engine.connect()
+            apart.detach()
+            write(f"parent, {child.__name__}", apart)
+            mine = server_pid(apart)
+            fork(child)
+            assert server_pid(apart) == mine
+            apart.commit()
+            apart.close()
+    """
+    run(script, {"parent, collect", "parent, end"})
+
+
+#: Made from an engine's URL: what it has connected before it is given to the middleware.
+POOLS = {
+    "out": "create_engine(URL, pool_size=1)",
+    "static": "create_engine(URL, poolclass=StaticPool)",
+    "thread": "create_engine(URL, poolclass=SingletonThreadPool)",
+    "assertion": "create_engine(URL, poolclass=AssertionPool)",
+}
+
+
+@pytest.mark.parametrize("url", ["psycopg", "MySQLdb"], indirect=True)
+@pytest.mark.parametrize("kind", POOLS)
+def test_parent_goes_on_whatever_pool_had_its_connection_before(run: Run, kind: str) -> None:
+    script = f"""
+        from sqlalchemy.pool import AssertionPool, SingletonThreadPool, StaticPool
+
+        engine = {POOLS[kind]}
+        with engine.connect() as connection:
+            mine = server_pid(connection)
+            if {kind == "out"}:
+                app = SQLASessionMiddleware(lambda environ, start: [], engine)
+        app = SQLASessionMiddleware(lambda environ, start: [], engine)
+
+        def child():
+            with suppress(Exception):
+                inherited.rollback()
+
+        with app.context():
+            write("parent")
+            inherited = session()
+            fork(child)
+            assert server_pid() == mine
+            session.commit()
+        engine.dispose()
+    """
+    run(script, {"parent"})
+
+
+@ONE_EACH
+def test_parent_goes_on_when_a_child_can_open_no_more_files(run: Run) -> None:
+    script = """
+        import resource
+
+        def child():
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            with suppress(Exception):
+                inherited.rollback()
+
+        with app.context():
+            write("parent")
+            inherited = session()
+            before = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), before[1]))
+            with suppress(OSError):
+                while True:
+                    os.dup(0)
+            fork(child)
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            session.commit()
+    """
+    run(script, {"parent"})
+
+
 @POSTGRESQL
 def test_each_generation_goes_on_when_it_forks_another(run: Run) -> None:
     script = """
@@ -607,3 +689,52 @@ def test_file_is_whole_when_children_were_forked_in_a_transaction(tmp_path: Path
         assert connection.execute("PRAGMA journal_mode").fetchall() == [(mode,)]
         found = connection.execute("SELECT name, count(*) FROM names GROUP BY name").fetchall()
     assert found == [("multiprocessing", ROWS + 3)]
+
+
+@pytest.mark.parametrize("parent", ["keeps its connections", "disposes of them", "has ended"])
+def test_no_commit_is_lost_when_children_were_forked_between_requests(tmp_path: Path, parent: str) -> None:
+    """SQLite forgets who has a WAL when a child has a copy of what it knows, even of a connection that nobody uses."""
+    path = tmp_path / "test.db"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA journal_mode = wal")
+        connection.execute("CREATE TABLE names (name VARCHAR(20) PRIMARY KEY)")
+    script = f"""
+        import sqlite3
+
+        def add(name):
+            with app.context():
+                write(name)
+                session.commit()
+
+        def visit(name):
+            "Another process, which is the last to close the file as far as it knows."
+            command = "import sqlite3, sys; it = sqlite3.connect(sys.argv[1]);"
+            command += f"it.execute('INSERT INTO names VALUES (?)', sys.argv[2:]); it.commit(); it.close()"
+            assert os.spawnl(os.P_WAIT, sys.executable, sys.executable, "-c", command, {str(path)!r}, name) == 0
+
+        add("parent")
+        told, tell = os.pipe()
+        done, finish = os.pipe()
+        child = os.fork()
+        if not child:
+            signal.alarm({PATIENCE})
+            os.read(told, 1)
+            for number in range(3):
+                add(f"child {{number}}")
+                visit(f"visitor {{number}}")
+            os.write(finish, b"x")
+            os._exit(0)
+        if {parent != "keeps its connections"}:
+            app.dispose()
+        os.write(tell, b"x")
+        if {parent == "has ended"}:
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        add("parent again")
+    """
+    assert run_script(f"sqlite:///{path}", "names", script) == (0, "", "")
+    expected = {"parent", *(f"{who} {number}" for who in ("child", "visitor") for number in range(3))}
+    if parent != "has ended":
+        expected.add("parent again")
+    with closing(sqlite3.connect(path)) as connection:
+        assert {name for (name,) in connection.execute("SELECT name FROM names")} == expected

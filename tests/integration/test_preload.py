@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -36,8 +37,12 @@ SETTINGS = json.loads(os.environ["SERVED"])
 
 def inner(environ, start_response):
     # Long enough for other requests to come in between.
-    row = session.execute(text("SELECT :ident, pg_backend_pid(), pg_sleep(0.002)"), {"ident": environ["QUERY_STRING"]})
-    ident, server_pid, _ = row.one()
+    statement = text("SELECT :ident, pg_backend_pid(), pg_sleep(0.002)").bindparams(ident=environ["QUERY_STRING"])
+    if environ["PATH_INFO"] == "/session":
+        ident, server_pid, _ = session.execute(statement).one()
+    else:
+        with ENGINE.connect() as connection:
+            ident, server_pid, _ = connection.execute(statement).one()
     answer = {"token": SETTINGS["token"], "ident": ident, "worker": os.getpid(), "server pid": server_pid}
     start_response("200 OK", [("Content-Type", "application/json")])
     return [json.dumps({**answer, "master": MASTER, "master's server pids": MASTERS}).encode()]
@@ -45,6 +50,8 @@ def inner(environ, start_response):
 
 app = SQLASessionMiddleware(inner, SETTINGS["url"])
 MASTER = os.getpid()
+#: held by the application, which does not ask for it again
+ENGINE = app.engine
 connections = [app.engine.connect() for _ in range(3)]
 MASTERS = [connection.scalar(text("SELECT pg_backend_pid()")) for connection in connections]
 for connection in connections:
@@ -106,7 +113,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
 def test_workers_share_no_connection_when_the_application_was_loaded_before_the_fork(server: Server) -> None:
     def visit(client: int) -> list[dict[str, Any]]:
         idents = [f"{client}-{number}" for number in range(REQUESTS)]
-        answers = [json.loads(server.get(f"/?{ident}")) for ident in idents]
+        paths = itertools.cycle(("/engine", "/session"))
+        answers = [json.loads(server.get(f"{next(paths)}?{ident}")) for ident in idents]
         assert [answer["ident"] for answer in answers] == idents
         return answers
 
