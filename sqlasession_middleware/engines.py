@@ -62,6 +62,7 @@ def _renew_lock() -> None:  # pragma: no cover  # in a child
 # database need not make 10,000 engines to find out that their options are right.
 _accepted: dict[Any, Dialect] = {}
 _ACCEPTED_AT_MOST = 256
+_OF_ANOTHER_POOL = ("poolclass", "pool_size", "max_overflow", "pool_timeout", "pool_use_lifo")
 _PLAIN = (str, int, float, bool, type(None), type)
 
 
@@ -189,13 +190,27 @@ def read_source(parameter: str, given: Any, inherited: Mapping[str, Any] | None 
             raise ConfigurationError(parameter, "is missing: it is the database URL.", key)
         given = options.pop(key)
     if not isinstance(given, Engine):
-        options = {**(inherited or {}), **options}
+        options = _with_inherited(options, inherited or {})
     try:
         return EngineSource(given, options or None)
     except ConfigurationError as error:
         if error.parameter == "engine_options":
             key = error.key
         raise ConfigurationError(parameter, error.problem, key) from error.__cause__
+
+
+def _with_inherited(options: dict[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
+    """``options``, and of the inherited ones what they do not replace: each of the driver's arguments by itself."""
+    # These lead to the inherited engine's database, whatever the URL.
+    inherited = {name: value for name, value in inherited.items() if name not in ("creator", "pool")}
+    if options.keys() & {"pool", "poolclass"}:
+        # What the inherited pool was told is not for one of another kind.
+        inherited = {name: value for name, value in inherited.items() if name not in _OF_ANOTHER_POOL}
+    merged = {**inherited, **options}
+    arguments = [each.get("connect_args") for each in (inherited, options)]
+    if all(isinstance(each, Mapping) for each in arguments):
+        merged["connect_args"] = {**arguments[0], **arguments[1]}  # type: ignore[dict-item]  # both are
+    return merged
 
 
 def _take_care(engine: Engine) -> None:
@@ -273,6 +288,11 @@ def _parse_url(bind: object) -> URL:
             "bind",
             "is no URL that SQLAlchemy can read: 'dialect+driver://user:password@host:port/database', with a port"
             " that is a number and each of '@/:?#%' in the user or password percent-encoded.",
+        )
+    # Two URLs in one: the second would be the name of the first one's database, with the password in it.
+    if "://" in (url.database or "").removeprefix("file://"):
+        raise ConfigurationError(
+            "bind", "holds another URL in the name of its database: give each a setting of its own."
         )
     return url
 

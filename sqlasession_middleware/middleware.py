@@ -127,7 +127,7 @@ class SQLASessionMiddleware:
                 problem = "cannot be used with replicas: no replica can prepare a transaction."
                 raise ConfigurationError("session_options", problem, "twophase")
             marker = Marker(self._source.url, read_your_writes)
-            balanced = Replicas(read_replicas(replicas, engine_options), marker, replica_retry)
+            balanced = Replicas(read_replicas(replicas, self._source, engine_options), marker, replica_retry)
             self._new_scope = RoutedScope
         self.routing = Routing(self._source, sources, balanced)
 

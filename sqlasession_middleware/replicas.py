@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,13 +21,12 @@ from .engines import EngineSource, read_source
 from .errors import ConfigurationError
 from .failures import Failure, classify
 from .marks import Mark, Marker
-from .watch import forgotten, read_only
+from .watch import explain_refusal, forgotten, read_only
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
-    from sqlalchemy.engine import ExceptionContext
 
-__all__ = ["Replica", "Replicas", "is_of_replica", "read_replicas"]
+__all__ = ["Replica", "Replicas", "read_replicas"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,25 +34,29 @@ _OUT_OF_REACH = (Failure.UNAVAILABLE, Failure.LOST)
 
 #: How long a replica may take to accept a connection before it is passed over, in seconds, where the URL does not say.
 CONNECT_TIMEOUT = 3
-#: How the servers, and SQLite, refuse to write: "read-only transaction", "READ ONLY", "readonly database".
-_REFUSAL = re.compile("read.?only", re.IGNORECASE)
-
 _HAVE_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb", "mariadbconnector")
 
 
-def is_of_replica(bind: Connection | Engine) -> bool:
-    """Whether a connection or engine is a replica's, where there is nothing to commit."""
-    return bind.engine in read_only
-
-
-def read_replicas(replicas: Any, engine_options: Mapping[str, Any] | None) -> list[EngineSource]:
+def read_replicas(replicas: Any, primary: EngineSource, engine_options: Mapping[str, Any] | None) -> list[EngineSource]:
     """The sources of the replicas' engines, which have the primary's options where they have none of their own.
 
+    :param primary: and ``engine_options``, its options.
     :raises ConfigurationError: if one of them is wrong.
     """
     if isinstance(replicas, str | Mapping) or not isinstance(replicas, Collection):
         raise ConfigurationError("replicas", f"must be a list of databases, got {type(replicas).__name__}.")
-    return [read_source(f"replicas[{number}]", given, engine_options) for number, given in enumerate(replicas)]
+    inherited = dict(engine_options or {})
+    level = str(inherited.get("isolation_level")).replace("_", " ").upper()
+    if level == "SERIALIZABLE" and primary.url.get_backend_name() != "sqlite":
+        # A hot standby refuses it (PostgreSQL's "Hot Standby", Caveats), and MySQL would lock what is read.
+        inherited["isolation_level"] = "REPEATABLE READ"
+    sources = []
+    for number, given in enumerate(replicas):
+        if isinstance(given, Engine) and primary.given and given is primary.engine:
+            problem = "is the Engine of 'bind' itself: give a URL, or another Engine."
+            raise ConfigurationError(f"replicas[{number}]", problem)
+        sources.append(read_source(f"replicas[{number}]", given, inherited))
+    return sources
 
 
 class Replica:
@@ -62,7 +64,8 @@ class Replica:
 
     def __init__(self, source: EngineSource) -> None:
         self.source = source
-        self._engine: Engine | None = None
+        #: its engine, if that was made already
+        self.made: Engine | None = None
         #: until when it is passed over, by time.monotonic()
         self.passed_over_until = 0.0
         # How far it has replayed, and since which connection: a standby that was restarted may have fallen behind.
@@ -73,16 +76,16 @@ class Replica:
     @property
     def engine(self) -> Engine:
         """Its engine, made at first use."""
-        if self._engine is None:
+        if self.made is None:
             engine = self.source.engine
             read_only.add(engine)
             event.listen(engine, "connect", self._note_connect)
-            event.listen(engine, "handle_error", _explain_refusal)
+            event.listen(engine, "handle_error", explain_refusal)
             if not self.source.given:
                 event.listen(engine, "connect", self._make_read_only)
                 event.listen(engine, "do_connect", _limit_connecting)
-            self._engine = engine
-        return self._engine
+            self.made = engine
+        return self.made
 
     def has(self, mark: Mark, marker: Marker) -> bool:
         """Whether it surely has what a client wrote.
@@ -91,8 +94,11 @@ class Replica:
         """
         if mark.position is not None and self.engine.dialect.name == "postgresql":
             replayed = self._replayed if self._replayed >= mark.position else self._ask()
-            if replayed is not None:
-                return replayed >= mark.position  # It is a standby; after its promotion it would tell nothing.
+            if replayed is not None:  # It is a standby; after its promotion it would tell nothing.
+                if replayed < mark.position:
+                    return False
+                if mark.is_exact:
+                    return True
         return not marker.is_recent(mark)
 
     def _ask(self) -> int | None:
@@ -124,6 +130,11 @@ class Replicas:
         self._replicas = [Replica(source) for source in sources]
         self._retry = retry
         self.marker = marker
+
+    def has(self, bind: Connection | Engine) -> bool:
+        """Whether a connection or engine is one of theirs. What is a replica here may be a primary elsewhere."""
+        engine = bind.engine
+        return any(replica.made is engine for replica in self._replicas)
 
     @property
     def engines(self) -> list[Engine]:
@@ -183,15 +194,6 @@ class Replicas:
             logger.warning(
                 "The replica %r is out of reach, and is tried again after %s s: %s", replica, self._retry, said
             )
-
-
-def _explain_refusal(context: ExceptionContext) -> None:
-    error = context.sqlalchemy_exception
-    if error is not None and _REFUSAL.search(str(context.original_exception)):
-        error.add_note(
-            "This went to a replica, because the statement does not look as if it wrote:"
-            " call on_primary() before it, or let the request have a method such as POST."
-        )
 
 
 def _limit_connecting(dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]) -> None:

@@ -18,11 +18,11 @@ from .context import Scope, current
 from .drivers import written_position
 from .engines import EngineSource
 from .marks import Mark
-from .replicas import Replica, Replicas, is_of_replica
+from .replicas import Replica, Replicas
 from .sessions import RequestSession, current_scope, open_connections, session_class_for
 from .statements import is_read_throughout
 
-__all__ = ["RoutedScope", "Routing", "on_primary"]
+__all__ = ["RoutedScope", "Routing", "note_unknown_commit", "on_primary"]
 
 #: RFC 9110, 9.2.1: methods that ask for nothing to be changed.
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
@@ -150,7 +150,7 @@ class RoutedScope(Scope):
             and opened._transaction is not None
             and (getattr(opened, "_may_have_written", True) or not opened._is_clean())
         ):
-            headers = [*headers, self.owner.routing.replicas.marker.header(self.written, self.environ)]
+            headers = self.owner.routing.replicas.marker.give(self.written, self.environ, headers)
         # Not by super(): the requests without a session would feel it.
         start_response = self.start_response
         assert start_response is not None
@@ -179,7 +179,7 @@ class RoutingSession(PrimarySession):
     #: whether a class of the application's own, or bind_mapper() and bind_table(), may choose another default
     _has_choice = False
     #: where it reads, once it is known to be a request's
-    _route: Route | None = None
+    __route: Route | None = None
     #: of a request with a safe method: whether something was written since the last commit
     _may_have_written = False
 
@@ -196,11 +196,11 @@ class RoutingSession(PrimarySession):
         if bind is None and bind_key is not None:
             bind = routing.engine_of(bind_key, "bind_arguments")
         if bind is not None:
-            if replicas is not None and not is_of_replica(bind):
-                route = self._route or self._find_route(replicas)
+            if replicas is not None and not replicas.has(bind):
+                route = self.__route or self.__find_route(replicas)
                 if route is not None:
                     route.moved = True
-                self._note(clause)
+                self.__note(clause)
             return bind
         if routing.binds:
             if mapper is None:
@@ -218,9 +218,9 @@ class RoutingSession(PrimarySession):
                 return chosen
         if replicas is None:
             return default
-        route = self._route or self._find_route(replicas)
+        route = self.__route or self.__find_route(replicas)
         if route is None or route.moved:
-            self._note(clause)
+            self.__note(clause)
             return default
         # Without a statement it is a flush, or the application asks for the connection itself.
         if clause is None or not is_read_throughout(clause):
@@ -234,6 +234,14 @@ class RoutingSession(PrimarySession):
             route.transaction = self.get_transaction()
         return route.engine
 
+    def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
+        """As SQLAlchemy's, which does not ask for a bind where it is told one."""
+        bind = (bind_arguments or {}).get("bind")
+        replicas = self._routing.replicas
+        if bind is not None and replicas is not None and not replicas.has(bind):
+            self.get_bind(bind=bind)
+        return super().connection(bind_arguments, execution_options)
+
     def bind_mapper(self, *arguments: Any, **more: Any) -> None:
         """As SQLAlchemy's."""
         self._has_choice = True
@@ -244,25 +252,27 @@ class RoutingSession(PrimarySession):
         self._has_choice = True
         super().bind_table(*arguments, **more)
 
-    def _note(self, clause: Any) -> None:
+    def __note(self, clause: Any) -> None:
         """Note whether a statement on the primary writes."""
         if not self._may_have_written and (clause is None or not is_read_throughout(clause)):
             self._may_have_written = True
 
-    def _find_route(self, replicas: Replicas) -> Route | None:
+    def __find_route(self, replicas: Replicas) -> Route | None:
         home = self._home
         if home is not None and home.session is self and self.bind is self._routing.engine_of(None, ""):
-            self._route = home.find_route(replicas)
+            self.__route = home.find_route(replicas)
             self._may_have_written = not home.is_safe()
-        return self._route
+        return self.__route
 
 
 @event.listens_for(PrimarySession, "before_commit")
 def _end_reading(opened: Session) -> None:
     """End the transactions on replicas first: one that is lost there must not fail a commit that is under way."""
-    if not opened.in_nested_transaction():
+    home = getattr(opened, "_home", None)
+    if home is not None and not opened.in_nested_transaction():
+        replicas = home.owner.routing.replicas
         for connection in open_connections(opened):
-            if is_of_replica(connection) and connection.dialect.name != "sqlite":
+            if replicas.has(connection) and connection.dialect.name != "sqlite":
                 connection.exec_driver_sql("ROLLBACK")
 
 
@@ -279,11 +289,20 @@ def _note_written(opened: Session) -> None:
     while isinstance(scope, Scope):
         # Not once the head has left: it was told by then that something may have been written.
         if isinstance(scope, RoutedScope) and scope.owner.engine is opened.bind and scope.headers is None:
-            primary = [connection for connection in open_connections(opened) if connection.engine is opened.bind]
+            # By their pools: an Engine with execution options of its own is another object.
+            pool = opened.bind.engine.pool
+            primary = [connection for connection in open_connections(opened) if connection.engine.pool is pool]
             if primary:
                 scope.written = Mark(time.time(), written_position(primary[0]))
             return
         scope = scope.token.old_value if hasattr(scope, "token") else None
+
+
+def note_unknown_commit(scope: Scope) -> None:
+    """Have the client told of a commit of which nobody knows the outcome: it may look whether it took place."""
+    if isinstance(scope, RoutedScope):
+        position = None if scope.written is None else scope.written.position
+        scope.written = Mark(time.time(), position, is_exact=False)
 
 
 def on_primary() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, cast
@@ -58,10 +58,23 @@ class RequestSession(Session):
         # Python's sqlite3 begins a transaction before a statement that writes, and not before a SAVEPOINT (its
         # "Transaction control"): one before the first write would be the transaction itself, committed by its RELEASE.
         if nested:
-            connection = self.connection()
-            if connection.dialect.name == "sqlite":
-                begin_writing(connection)
+            self.connection()
+            for connection in open_connections(self):
+                _begin_on_sqlite(connection)
+            if not event.contains(self, "after_begin", _join_savepoint):
+                event.listen(self, "after_begin", _join_savepoint)
         return super().begin(nested)
+
+
+def _begin_on_sqlite(connection: Connection) -> None:
+    if connection.dialect.name == "sqlite":
+        begin_writing(connection)
+
+
+def _join_savepoint(opened: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    """A database that is first used inside of a savepoint joins the transaction around it first."""
+    if not transaction.nested and opened.in_nested_transaction():
+        _begin_on_sqlite(connection)
 
 
 @event.listens_for(RequestSession, "before_commit")
@@ -105,6 +118,13 @@ class NotingSession(RequestSession):
         elif self._written is self._NEXT:
             self._written = self.get_transaction()
         return super().get_bind(mapper, clause=clause, **more)
+
+    def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
+        """As SQLAlchemy's, which does not ask for a bind where it is told one."""
+        bind = (bind_arguments or {}).get("bind")
+        if bind is not None and bind.engine not in read_only:
+            self._written = self.get_transaction() or self._NEXT
+        return super().connection(bind_arguments, execution_options)
 
 
 def has_noted_write(opened: Session) -> bool:

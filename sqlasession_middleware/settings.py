@@ -25,11 +25,13 @@ class Kind(NamedTuple):
     :param name: completes "must be …".
     :param types: what it is in Python; empty where anything goes.
     :param parse: makes it from an ini's string, or raises; None where an ini cannot hold it.
+    :param least: of a number.
     """
 
     name: str
     types: tuple[type, ...]
     parse: Callable[[str], Any] | None
+    least: int | None = None
 
 
 def _number(text: str) -> float:
@@ -53,6 +55,8 @@ def _boolean_or_debug(text: str) -> bool | str:
 BOOLEAN = Kind("true or false", (bool,), asbool)
 ECHO = Kind("true, false or 'debug'", (bool, str), _boolean_or_debug)
 WHOLE = Kind("a whole number", (int,), int)
+POOL_SIZE = Kind("a whole number from 0", (int,), int, least=0)
+MAX_OVERFLOW = Kind("a whole number from -1", (int,), int, least=-1)
 SECONDS = Kind("a number of seconds", (int, float), _number)
 TEXT = Kind("a text", (), str)
 LITERAL = Kind("a number, true, false, none or a text", (), _literal)
@@ -87,7 +91,7 @@ ENGINE_OPTIONS: Mapping[str, Kind] = {
     "label_length": WHOLE,
     "logging_name": TEXT,
     "max_identifier_length": WHOLE,
-    "max_overflow": WHOLE,
+    "max_overflow": MAX_OVERFLOW,
     "module": DOTTED,
     "paramstyle": TEXT,
     "plugins": WORDS,
@@ -97,7 +101,7 @@ ENGINE_OPTIONS: Mapping[str, Kind] = {
     "pool_pre_ping": BOOLEAN,
     "pool_recycle": WHOLE,
     "pool_reset_on_return": TEXT,
-    "pool_size": WHOLE,
+    "pool_size": POOL_SIZE,
     "pool_timeout": SECONDS,
     "pool_use_lifo": BOOLEAN,
     "poolclass": DOTTED,
@@ -310,7 +314,8 @@ def check_types(parameter: str, options: Mapping[str, Any], kinds: Mapping[str, 
         if kind is None or not kind.types or value is None:
             continue
         # True is an int to Python, but nobody means a pool of True connections.
-        if not isinstance(value, kind.types) or (isinstance(value, bool) and bool not in kind.types):
+        is_wrong = not isinstance(value, kind.types) or (isinstance(value, bool) and bool not in kind.types)
+        if is_wrong or (kind.least is not None and value < kind.least):
             # What should have been a dict may be a driver's connection string, with a password in it.
             found = type(value).__name__ if dict in kind.types else shown(value)
             raise ConfigurationError(parameter, f"must be {kind.name}, got {found}.", name)

@@ -84,6 +84,9 @@ class _Isolation:
             ) -> Connection:
                 options = dict(execution_options or {})
                 options.pop("isolation_level", None)  # The transaction has begun, with the one that it has.
+                bind = (bind_arguments or {}).get("bind")
+                if isinstance(bind, Engine):
+                    bind_arguments = {**bind_arguments, "bind": get_bind(bind=bind)}
                 return connect(bind_arguments=bind_arguments, execution_options=options or None)
 
             made.get_bind = get_bind  # type: ignore[method-assign]

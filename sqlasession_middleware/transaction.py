@@ -27,11 +27,11 @@ from .failures import Failure, classify
 from .files import is_file
 from .head import Head
 from .replay import Repeatable
-from .replicas import is_of_replica
+from .routing import note_unknown_commit
 from .sessions import current_scope, open_connections, remove_session
 from .settings import check_seconds, resolve_option
 from .streams import held_connections, release, unit_ends
-from .watch import Noted, failure_of, watch_commits, watch_failures
+from .watch import Noted, failure_of, read_only, watch_commits, watch_failures
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -391,6 +391,7 @@ class Attempt(Head):
             self.abort(failure)
             self.close_body()
             logger.error("It is not known whether a transaction was committed: %s", cause, exc_info=cause)
+            note_unknown_commit(self.scope)
             return answers.outcome_unknown()(self.environ, self.start_response)
         repeatable = failure in (Failure.TRANSIENT, Failure.LOST) or isinstance(cause, self.middleware.retry_on)
         if repeatable and self.may_repeat and self.commits == 0:
@@ -458,7 +459,7 @@ class AttemptBody:
 
 def _has_several_to_commit(opened: Session) -> bool:
     held = open_connections(opened)
-    return len(held) > 1 and sum(not is_of_replica(connection) for connection in held) > 1
+    return len(held) > 1 and sum(connection.engine not in read_only for connection in held) > 1
 
 
 def _failed_flush(scope: Scope) -> Noted | None:

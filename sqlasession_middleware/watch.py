@@ -6,6 +6,7 @@ request is decided from the outside, so the engine's own events note in the scop
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -32,6 +33,7 @@ __all__ = [
     "Noted",
     "WatchedPool",
     "attempts",
+    "explain_refusal",
     "failure_of",
     "forgotten",
     "is_in_autocommit",
@@ -55,6 +57,14 @@ _telling_commits: WeakSet[Engine] = WeakSet()
 
 #: Engines that nothing is written to: their commits are none.
 read_only: WeakSet[Engine] = WeakSet()
+
+
+#: How the servers, and SQLite, refuse to write: "read-only transaction", "READ ONLY", "readonly database".
+_REFUSAL = re.compile("read.?only", re.IGNORECASE)
+_REFUSED = (
+    "This went to a replica, because the statement does not look as if it wrote:"
+    " call on_primary() before it, or let the request have a method such as POST."
+)
 
 
 class Noted(NamedTuple):
@@ -133,6 +143,8 @@ def failure_of(error: BaseException, noted: Noted | None) -> Failure | None:
         noted.failure is Failure.UNKNOWN or _is_consequence(error) or _came_of(error, noted.error)
     ):
         return noted.failure
+    if _REFUSED in getattr(error, "__notes__", ()):
+        return None
     original = getattr(error, "orig", None) or error
     committing = _is_commit(error.__traceback__) or _is_commit(original.__traceback__)
     failure = classify(error, committing=committing)
@@ -172,6 +184,8 @@ def _note_failure(context: ExceptionContext) -> None:
     if context.is_pre_ping:  # The pool replaces a connection that does not answer its ping.
         return
     error = context.original_exception
+    if _is_refused(context):  # A mistake of the application's, which stays one.
+        return
     statement = (context.statement or "").lstrip().upper()
     committing = _is_commit(error.__traceback__) or statement.startswith(SECOND_PHASE)
     failure = classify(
@@ -191,6 +205,17 @@ def _note_failure(context: ExceptionContext) -> None:
                 attempt.commits -= 1
             elif not committing and context.dialect.name in ("mysql", "mariadb"):
                 attempt.note_rolled_back(error)
+
+
+def _is_refused(context: ExceptionContext) -> bool:
+    return context.engine in read_only and _REFUSAL.search(str(context.original_exception)) is not None
+
+
+def explain_refusal(context: ExceptionContext) -> None:
+    """Listener of an engine that nothing is written to: what an error there means."""
+    error = context.sqlalchemy_exception
+    if error is not None and _is_refused(context):
+        error.add_note(_REFUSED)
 
 
 def _is_commit(traceback: TracebackType | None) -> bool:

@@ -23,6 +23,8 @@ TYPES = {
     settings.BOOLEAN: "true or false",
     settings.ECHO: "true, false or debug",
     settings.WHOLE: "whole number",
+    settings.POOL_SIZE: "whole number",
+    settings.MAX_OVERFLOW: "whole number",
     settings.SECONDS: "seconds",
     settings.TEXT: "text",
     settings.WORDS: "names",

@@ -133,11 +133,19 @@ class FailingSession(Session):
 
 FAILING = {"class_": FailingSession}
 
+ENGINE = create_engine("sqlite://")
+
 #: Arguments of the constructor. Some are from the table of another test, which knows more of what is refused.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "… must be true or false, got …": REFUSED["not true"][0],
     "… must be true, false or 'debug', got …": {"engine_options": {"echo": 5}},
-    "… must be a whole number, got …": REFUSED["not whole"][0],
+    "… must be a whole number, got …": REFUSED["not whole anywhere"][0],
+    "… must be a whole number from 0, got …": REFUSED["not whole"][0],
+    "… must be a whole number from -1, got …": REFUSED["overflow of less than nothing"][0],
+    "… holds another URL in the name of its database: give each a setting of its own.": {
+        "bind": "sqlite:///a;sqlite:///b"
+    },
+    "… is the Engine of 'bind' itself: give a URL, or another Engine.": {"bind": ENGINE, "replicas": [ENGINE]},
     "… must be one of … for …, got …": REFUSED["no such level"][0],
     "… must be a whole number from 1, got …": {"transaction": {"attempts": 0}},
     "… must be a whole number of seconds from 0, got …": {"unavailable": {"retry_after": 0.5}},
@@ -176,7 +184,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "… cannot make an engine of …": REFUSED["bad driver argument"][0],
     "… is refused by create_engine() for …": {"engine_options": {"echo": "loud"}},
     "… cannot change an Engine that is made already: give a URL.": {
-        "bind": create_engine("sqlite://"),
+        "bind": ENGINE,
         "engine_options": {"pool_size": 1},
     },
 }
