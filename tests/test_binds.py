@@ -130,6 +130,24 @@ def test_what_is_not_committed_is_rolled_back_everywhere(app):
     )
 
 
+@pytest.mark.parametrize("before", ["nothing", "a read"])
+def test_savepoint_of_another_database_is_inside_of_its_transaction(app, before):
+    """SQLite would take a SAVEPOINT without a BEGIN for the transaction, and its RELEASE for the COMMIT."""
+    with app.context():
+        if before == "a read":
+            session.execute(select(entry)).all()
+        with session.begin_nested():
+            session.execute(insert(goods).values(name="tea"))
+            session.execute(insert(entry).values(note="sold"))
+            with session.begin_nested():
+                session.execute(insert(visit).values(id=7))
+        session.rollback()
+        assert session.execute(select(entry)).all() == []
+    assert rows(app, "default", "SELECT name FROM goods") == []
+    assert rows(app, "audit", "SELECT note FROM entry") == []
+    assert rows(app, "stats", "SELECT id FROM visit") == []
+
+
 def test_text_goes_where_its_bind_arguments_say(app):
     with app.context():
         for arguments, table in (

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import String, create_engine, event, insert, select, text
+from sqlalchemy import NullPool, String, create_engine, event, insert, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from werkzeug.test import Client, EnvironBuilder
@@ -325,6 +325,181 @@ def test_last_of_several_cookies_counts(make):
     mark = cookie.partition(";")[0]
     for cookies in (f"{old}; {mark}", f"{mark}; {old}", f"a=b;{mark};c=d"):
         assert ask(app, cookie=cookies)[0] == "primary"
+
+
+def mark_of(app, cookie: str) -> Mark:
+    """What a cookie tells the application."""
+    return app.routing.replicas.marker.read({"HTTP_COOKIE": cookie.partition(";")[0]})
+
+
+def given_by(app, written: Mark | None, cookie: str = "", headers=()) -> list[str]:
+    """The cookies of a response."""
+    marker = app.routing.replicas.marker
+    given = marker.give(written, {"HTTP_COOKIE": cookie}, list(headers))
+    return [value for name, value in given if value.startswith(marker.name)]
+
+
+def cookie_of(app, mark: Mark) -> str:
+    return app.routing.replicas.marker.header(mark, {})[1].partition(";")[0]
+
+
+NOW = 10**10
+#: What the client knows before, what the request has written, and what the client knows then.
+KNOWN = {
+    "nothing": (None, Mark(NOW, 5), Mark(NOW, 5)),
+    "an earlier position": (Mark(NOW - 60, 4), Mark(NOW, 5), Mark(NOW, 5)),
+    "a position, now a time": (Mark(NOW - 60, 4), Mark(NOW, None), Mark(NOW, 4, is_exact=False)),
+    "a position and a time, now a time": (
+        Mark(NOW - 1, 4, is_exact=False), Mark(NOW, None), Mark(NOW, 4, is_exact=False),
+    ),
+    "a position and a time, now a position": (Mark(NOW - 1, 4, is_exact=False), Mark(NOW, 5), Mark(NOW, 5)),
+    "a time, now a position that is not the last": (
+        Mark(NOW - 1, 4), Mark(NOW, 5, is_exact=False), Mark(NOW, 5, is_exact=False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_cookie_keeps_the_position_of_an_earlier_write(make, name):
+    app = make()
+    before, written, after = KNOWN[name]
+    (cookie,) = given_by(app, written, "" if before is None else cookie_of(app, before))
+    assert mark_of(app, cookie) == after
+
+
+@pytest.mark.parametrize("inner", [Mark(NOW, 7), Mark(NOW - 9, 7, is_exact=False), Mark(NOW, 3)])
+def test_response_has_one_cookie_when_an_inner_application_gave_it(make, inner):
+    app = make()
+    others = [("Set-Cookie", "theme=dark"), ("X-More", "1")]
+    headers = [others[0], app.routing.replicas.marker.header(inner, {}), others[1]]
+    given = app.routing.replicas.marker.give(Mark(NOW, 5), {}, headers)
+    assert given[:2] == others
+    assert len(given) == 3
+    assert mark_of(app, given[2][1]) == Mark(
+        inner.time if not inner.is_exact else NOW, max(inner.position, 5), inner.is_exact
+    )
+
+
+def test_nested_applications_on_one_database_give_one_cookie(make):
+    inner = make("write commit")
+
+    def app(environ, start_response):
+        write()
+        session.commit()
+        return inner(environ, start_response)
+
+    response = Client(make(app), use_cookies=False).post("/", buffered=True)
+    assert len(response.headers.getlist("Set-Cookie")) == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("options", [{}, {"foo": 1}])
+@pytest.mark.parametrize("binds", [{}, {"audit": "sqlite://"}])
+def test_connection_by_its_engine_is_one_that_writes(make, method, options, binds):
+    def app(environ, start_response):
+        read()
+        engine = application.engine.execution_options(**options) if options else application.engine
+        connection = session.connection(bind_arguments={"bind": engine})
+        connection.execute(insert(Row).values(name="new"))
+        found = read()
+        session.commit()
+        start_response("200 OK", [])
+        return [found.encode()]
+
+    found, cookie = ask(make(app, binds=binds), method)
+    assert found == "primary"
+    assert cookie is not None
+
+
+def test_commit_of_unknown_outcome_is_told(make):
+    """The client is asked to look whether its write took place: it has to look on the primary."""
+
+    def app(environ, start_response):
+        write()
+        start_response("200 OK", [])
+        return [b"stored"]
+
+    wrapped = make(app, transaction=True)
+
+    def lose(connection):
+        do_commit(connection)
+        raise type("OperationalError", (Exception,), {"__module__": "psycopg", "sqlstate": "08007"})("lost")
+
+    do_commit = wrapped.engine.dialect.do_commit
+    wrapped.engine.dialect.do_commit = lose
+    response = Client(wrapped, use_cookies=False).post("/", buffered=True)
+    wrapped.engine.dialect.do_commit = do_commit
+    assert response.status_code == 500
+    assert "Set-Cookie" in response.headers
+
+
+@pytest.mark.parametrize("driver", BOTH)
+def test_engine_that_is_a_replica_elsewhere_is_written_to(driver):
+    engine = create_engine(server(driver))
+    Base.metadata.create_all(engine)
+
+    def write_and_flush(environ, start_response):
+        session.add(Row(name="new"))
+        session.flush()
+        start_response("200 OK", [])
+        return [b"stored"]
+
+    reader = SQLASessionMiddleware(App("read"), engine.url, replicas=[engine])
+    writer = SQLASessionMiddleware(write_and_flush, engine, replicas=[engine.url], transaction=True)
+    try:
+        ask(reader)
+        assert ask(writer, "POST")[0] == "stored"
+        with engine.connect() as connection:
+            assert list(connection.scalars(select(Row.name))) == ["new"]
+    finally:
+        Base.metadata.drop_all(engine)
+        engine.dispose()
+        for app in (reader, writer):
+            app.dispose()
+
+
+def test_refusal_of_a_replica_is_no_outage(make):
+    """Nobody has to try again later: it is the application that has to call on_primary()."""
+
+    def app(environ, start_response):
+        with application.engines["replicas[0]"].begin() as connection:
+            connection.execute(insert(Row).values(name="x"))
+
+    with pytest.raises(DBAPIError, match="readonly") as raised:
+        ask(make(app, unavailable=True, transaction={"attempts": 2}))
+    assert "call on_primary() before it" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("driver", BOTH)
+def test_replicas_do_not_inherit_what_they_cannot_have(driver):
+    """A hot standby refuses SERIALIZABLE; a creator, or a pool, is the primary's own."""
+    options = {"isolation_level": "SERIALIZABLE", "creator": lambda: 1 / 0, "max_overflow": 3}
+    url = server(driver)
+    own = {"url": url, "isolation_level": "SERIALIZABLE"}
+    app = SQLASessionMiddleware(App("read"), url, replicas=[url, own], engine_options=options)
+    levels = []
+    for name in ("replicas[0]", "replicas[1]"):
+        with app.engines[name].connect() as connection:
+            levels.append(connection.get_isolation_level())
+        assert app.engines[name].pool._max_overflow == 3
+    assert levels == ["REPEATABLE READ", "SERIALIZABLE"]
+    app.dispose()
+
+
+def test_replicas_inherit_each_of_the_drivers_arguments(tmp_path):
+    url = f"sqlite:///{tmp_path}/a.db"
+    app = SQLASessionMiddleware(
+        App("read"), url,
+        engine_options={"pool_size": 3, "connect_args": {"timeout": 1, "cached_statements": 5}},
+        replicas=[{"url": url, "connect_args": {"timeout": 2}}, {"url": url, "poolclass": NullPool}],
+    )  # fmt: skip
+    assert isinstance(app.engines["replicas[1]"].pool, NullPool)
+    seen = []
+    engine = app.engines["replicas[0]"]
+    event.listen(engine, "do_connect", lambda dialect, record, arguments, options: seen.append(dict(options)))
+    engine.connect().close()
+    assert [(options["timeout"], options["cached_statements"]) for options in seen] == [(2, 5)]
+    app.dispose()
 
 
 def test_cookie_is_the_databases(make, tmp_path):

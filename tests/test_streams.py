@@ -317,6 +317,25 @@ def test_other_streams_are_the_ones_that_are_named(make: Any, transaction: bool)
     assert held_between(make(streaming(read, lines), transaction=transaction)) == [1, 1]
 
 
+@pytest.mark.parametrize("more", [{}, {"binds": {"other": "sqlite://"}}])
+def test_connection_by_its_engine_may_have_written(make: Any, more: dict[str, Any]) -> None:
+    def work() -> None:
+        connection = session.connection(bind_arguments={"bind": application.engine})
+        connection.execute(text("INSERT INTO stream_item (name) VALUES ('apart')"))
+        assert not release()
+
+    def app(environ: Environ, start: StartResponse) -> Iterator[bytes]:
+        start("200 OK", EVENTS)
+        work()
+        yield b"data: x\n\n"
+        session.commit()
+        yield b"data: y\n\n"
+
+    wrapped = make(app, **more)
+    assert held_between(wrapped) == [1, 0]
+    assert names(wrapped) == ["one", "apart"]
+
+
 @pytest.mark.parametrize("binds", [{}, {"other": "sqlite://"}])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_replicas_take_nothing_from_a_stream(make: Any, database_url: str, method: str, binds: dict[str, str]) -> None:
