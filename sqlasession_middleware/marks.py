@@ -19,6 +19,11 @@ __all__ = ["Mark", "Marker"]
 #: For how long a client keeps a position: until then it reads from replicas that have reached it, however late.
 KEEP_POSITION = 24 * 60 * 60
 
+#: of the milliseconds since 1970, which have 13 now
+MOST_DIGITS = 16
+#: of a position, which has 64 bits
+MOST_DIGITS_OF_POSITION = 20
+
 
 class Mark(NamedTuple):
     """A write that a client knows of.
@@ -55,28 +60,27 @@ class Marker:
         cookies = environ.get("HTTP_COOKIE")
         if not cookies:
             return None
-        _, found, value = cookies.partition(self._begin)
+        before, found, value = cookies.partition(self._begin)
         if not found:
             return None
-        if self._begin not in value:
-            return self._read_value(value)
-        # A client may have several by one name.
-        return _together(map(self._read_value, cookies.split(self._begin)[1:]))
+        if self._begin not in value and (not before or before.endswith(("; ", ";"))):
+            return self._read_value(value.partition(";")[0])
+        # A client may have several by one name, and others that have this one in their name or value.
+        cookies = [cookie.strip() for cookie in cookies.split(";")]
+        values = [cookie[len(self._begin) :] for cookie in cookies if cookie.startswith(self._begin)]
+        return _together(map(self._read_value, values))
 
     def _read_value(self, value: str) -> Mark | None:
-        """:param value: of the cookie, and whatever follows it."""
-        milliseconds, _, position = value.partition(";")[0].partition(".")
-        try:
-            if not position and "+" in milliseconds:
-                milliseconds, _, position = milliseconds.partition("+")
-                return Mark(int(milliseconds) / 1000, int(position), is_exact=False)
-            seconds = int(milliseconds) / 1000
-            if position:
-                return Mark(seconds, int(position))
-        except (ValueError, OverflowError):  # Garbled, or forged.
+        if value.isdecimal() and len(value) <= MOST_DIGITS:
+            seconds = int(value) / 1000
+            # As is_recent(): what is older is on every replica, and nobody has to ask them.
+            return Mark(seconds, None) if abs(time.time() - seconds) < self.seconds else None
+        milliseconds, point, position = value.partition("." if "." in value else "+")
+        if not (milliseconds.isdecimal() and position.isdecimal()):
             return None
-        # As is_recent(): what is older is on every replica, and nobody has to ask them.
-        return Mark(seconds, None) if abs(time.time() - seconds) < self.seconds else None
+        if len(milliseconds) > MOST_DIGITS or len(position) > MOST_DIGITS_OF_POSITION:
+            return None
+        return Mark(int(milliseconds) / 1000, int(position), point == ".")
 
     def is_recent(self, mark: Mark) -> bool:
         """Whether a replica may not have the write, by the time that has passed; whoever's clock is ahead."""
@@ -89,23 +93,26 @@ class Marker:
 
         :param written: None for a write now, or later, of which no position is known.
         """
-        mark = written or Mark(time.time(), None)
-        if environ is not None and (mark.position is None or not mark.is_exact):
-            # The client has one cookie: the position of an earlier write stays in it.
-            mark = _together((mark, self.read(environ))) or mark
-        others = [header for header in headers if not header[1].startswith(self._begin)]
-        if len(others) < len(headers):  # An application inside of this one has given it.
-            given = [value.removeprefix(self._begin) for _, value in headers if value.startswith(self._begin)]
-            mark = _together((mark, *map(self._read_value, given))) or mark
-        return [*others, self.header(mark, environ)]
+        others: list[Mark | None] = []
+        if environ is not None and (written is None or written.position is None or not written.is_exact):
+            known = self.read(environ)
+            if known is not None:  # The client has one cookie: the position of an earlier write stays in it.
+                others.append(known)
+        for _, value in headers:
+            if value.startswith(self._begin):  # An application inside of this one has given it.
+                others.append(self._read_value(value.partition(";")[0].removeprefix(self._begin)))
+                headers = [header for header in headers if header[1] is not value]
+        if others:
+            written = _together((written or Mark(time.time(), None), *others))
+        return [*headers, self.header(written, environ)]
 
-    def header(self, mark: Mark, environ: Mapping[str, Any] | None) -> tuple[str, str]:
-        """The header that hands a mark to the client."""
-        cookie = f"{self._begin}{int(mark.time * 1000)}"
-        if mark.position is None:
-            cookie += self._for_seconds
+    def header(self, mark: Mark | None, environ: Mapping[str, Any] | None) -> tuple[str, str]:
+        """The header that hands a mark to the client; without one, that of a write now, its position unknown."""
+        if mark is None or mark.position is None:
+            cookie = f"{self._begin}{int((time.time() if mark is None else mark.time) * 1000)}{self._for_seconds}"
         else:
-            cookie += f"{'.' if mark.is_exact else '+'}{mark.position}{self._for_position}"
+            point = "." if mark.is_exact else "+"
+            cookie = f"{self._begin}{int(mark.time * 1000)}{point}{mark.position}{self._for_position}"
         is_secure = environ is not None and environ.get("wsgi.url_scheme") == "https"
         return ("Set-Cookie", f"{cookie}; Secure" if is_secure else cookie)
 

@@ -297,6 +297,33 @@ def test_client_reads_from_the_primary_for_a_while_when_only_the_time_of_its_wri
         assert not found["found"]
 
 
+def test_client_reads_its_own_write_when_a_later_one_has_told_no_position(cluster: Cluster) -> None:
+    """The cookie of the later one takes the place of the first one's, and may not forget what that knew."""
+    for standby in cluster.standbys:
+        standby.pause_replay()
+    with application(cluster, store, read_your_writes=60) as app:
+        assert app.routing is not None
+        assert app.routing.replicas is not None
+        name = app.routing.replicas.marker.name
+        client = Client(app)
+        token = write(client, "/commit")
+        # It only reads, but its transaction is open as its head leaves: it could write yet.
+        assert client.post("/read", query_string=token, buffered=True).get_json()["found"]
+        cookie = client.get_cookie(name)
+        assert cookie is not None
+        milliseconds, position = cookie.value.split("+")
+        # A minute later.
+        client.set_cookie(name, f"{int(milliseconds) - 60_000}+{position}")
+        assert look(client, token) == {"port": cluster.primary.port, "found": True}
+        for standby in cluster.standbys:
+            standby.resume_replay()
+        settle(cluster, *cluster.standbys)
+        assert look(client, token)["port"] in {each.port for each in cluster.standbys}
+        # Within that minute nobody knows whether a standby has the later one.
+        client.set_cookie(name, f"{milliseconds}+{position}")
+        assert look(client, token) == {"port": cluster.primary.port, "found": True}
+
+
 def test_client_reads_its_own_write_when_a_standby_has_lost_what_it_had(cluster: Cluster) -> None:
     """A standby that crashes begins again where it last made sure of its files, and that it had more is long known."""
     standby = cluster.standbys[0]
