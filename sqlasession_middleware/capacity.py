@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from sqlalchemy import URL, Connection, Engine, text
 from sqlalchemy.pool import AssertionPool, Pool, QueuePool, StaticPool
 
 from .errors import ConfigurationError, shown
 
-__all__ = ["Capacity", "EngineCapacity", "ServerLimit", "aligned", "ask_limit", "server_of"]
+__all__ = ["MAX_CONNECTIONS", "Capacity", "EngineCapacity", "Limit", "aligned", "ask_limits", "servers_of"]
+
+#: the limit of a whole server
+MAX_CONNECTIONS = "max_connections"
 
 # PostgreSQL keeps some for superusers and, since 16, for roles that are granted them ("Connection Settings").
 ASK_POSTGRESQL = """
@@ -20,6 +23,18 @@ ASK_POSTGRESQL = """
     WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')
 """
 
+# "CREATE ROLE", "CREATE DATABASE": -1 is no limit, and superusers have none.
+ASK_POSTGRESQL_OF_ITS_OWN = """
+    SELECT 'CONNECTION LIMIT of the role ' || rolname, rolconnlimit
+    FROM pg_catalog.pg_roles WHERE rolname = session_user AND NOT rolsuper
+    UNION ALL
+    SELECT 'CONNECTION LIMIT of the database ' || datname, datconnlimit
+    FROM pg_catalog.pg_database, pg_catalog.pg_roles
+    WHERE datname = current_database() AND rolname = session_user AND NOT rolsuper
+"""
+
+# One more is admitted, for an administrator ("max_connections"). The other one is the account's own, 0 for no limit.
+ASK_MYSQL = "SELECT @@max_connections, CONCAT('max_user_connections of ', CURRENT_USER()), @@max_user_connections"
 
 #: Where a server listens unless the URL says otherwise.
 _PORTS = {"postgresql": 5432, "mysql": 3306}
@@ -75,39 +90,67 @@ class Capacity(tuple[EngineCapacity, ...]):
         return "\n".join(aligned([self.TITLES, *(each.cells() for each in self)]))
 
 
-class ServerLimit(NamedTuple):
-    """How many connections a server admits, and how many of them are for administrators."""
+class Limit(NamedTuple):
+    """How many connections a server admits, or one of its roles, accounts or databases.
 
-    max_connections: int
-    reserved: int
+    :param name: :data:`MAX_CONNECTIONS`, or what has the limit.
+    :param reserved: how many of them are for administrators.
+    """
+
+    name: str
+    maximum: int
+    reserved: int = 0
 
     @property
     def free(self) -> int:
         """Those that an application can have."""
-        return self.max_connections - self.reserved
+        return self.maximum - self.reserved
 
 
-def ask_limit(connection: Connection) -> ServerLimit | None:
-    """What the server of a connection admits; None where there is none, or it is not known how to ask."""
+def ask_limits(connection: Connection) -> list[Limit]:
+    """What limits the connections of an engine that has this one; empty where nothing does, or nobody can be asked."""
     dialect = connection.dialect.name
     if dialect == "postgresql":
         found = connection.execute(text(ASK_POSTGRESQL)).one()
-        return ServerLimit(found[0], found[1])
+        own = [Limit(*row) for row in connection.execute(text(ASK_POSTGRESQL_OF_ITS_OWN))]
+        return [Limit(MAX_CONNECTIONS, found[0], found[1]), *(limit for limit in own if limit.maximum >= 0)]
     if dialect in ("mysql", "mariadb"):
-        # One more is admitted, for an administrator ("max_connections").
-        return ServerLimit(connection.execute(text("SELECT @@max_connections")).scalar_one(), 0)
-    return None
+        maximum, account, of_account = connection.execute(text(ASK_MYSQL)).one()
+        return [Limit(MAX_CONNECTIONS, maximum), *([Limit(account, of_account)] if of_account > 0 else [])]
+    return []
 
 
-def server_of(engine: Engine) -> str:
-    """What has the limit: a server, whatever the database, driver and user; or a file."""
+def servers_of(engine: Engine) -> tuple[str, ...]:
+    """What has the limits: servers, whatever the database, driver and user; or a file.
+
+    Of an URL with several hosts each one: all connections may be to any of them.
+    """
     url = engine.url
     backend = url.get_backend_name()
     if backend == "sqlite":
-        return f"sqlite:///{url.database or ''}"
+        return (f"sqlite:///{url.database or ''}",)
     backend = "mysql" if backend == "mariadb" else backend
-    port = _PORTS.get(backend)
-    return f"{backend}://{_hosts(url if url.port or not url.host else url.set(port=port))}"
+    default = _PORTS.get(backend)
+    if url.host:
+        hosts = [(url.host, url.port)]
+    else:
+        names, ports = (_words(url.normalized_query.get(name, ())) for name in ("host", "port"))
+        # As libpq: a port for each host, or one for all.
+        ports = ports * len(names) if len(ports) == 1 else ports + [""] * (len(names) - len(ports))
+        hosts = [_host_and_port(name, port) for name, port in zip(names, ports, strict=False)] or [("", None)]
+    return tuple(
+        f"{backend}://{host}:{port or default}" if host and (port or default) else f"{backend}://{host}"
+        for host, port in hosts
+    )
+
+
+def _words(values: Iterable[str]) -> list[str]:
+    return [word for value in values for word in value.split(",")]
+
+
+def _host_and_port(host: str, port: str) -> tuple[str, Any]:
+    name, colon, own = host.rpartition(":")
+    return (name, own) if colon and own.isdecimal() else (host, port)
 
 
 def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:

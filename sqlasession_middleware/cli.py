@@ -23,6 +23,7 @@ import configparser
 import logging.config
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from sqlalchemy import Engine, text
 
-from .capacity import Capacity, ServerLimit, aligned, ask_limit, server_of
+from .capacity import MAX_CONNECTIONS, Capacity, Limit, aligned, ask_limits, servers_of
 from .engines import without_passwords_of_urls
 from .sessions import session
 
@@ -44,6 +45,9 @@ except ImportError as missing:  # pragma: no cover  # in a process of its own
     sys.exit(f"sqlasession needs {missing.name}: pip install 'sqlasession_middleware[cli]'")
 
 __all__ = ["main"]
+
+#: seconds that an engine has to answer
+PING_TIMEOUT = 10
 
 #: waitress's own default, which most ini files rely on.
 WAITRESS_THREADS = 4
@@ -120,7 +124,9 @@ def check(ini: Ini, processes: int | None, threads: int | None) -> None:
     _, applications = _load(ini)
     click.echo(f"{ini.path}: {_count(processes, 'process', 'processes')} of {_count(threads, 'thread', 'threads')}")
     needed: dict[str, int] = {}
-    limits: dict[str, ServerLimit | None] = {}
+    limits: dict[str, Limit] = {}
+    needed_of: dict[tuple[str, Limit], int] = {}  # of roles, accounts and databases
+    pools = set()  # An engine with several names counts once.
     troubles = []
     for number, application in enumerate(applications, 1):
         engines = application.engines
@@ -128,18 +134,28 @@ def check(ini: Ini, processes: int | None, threads: int | None) -> None:
         rows = []
         for each in capacity:
             engine = engines[each.name]
-            answer, limit, problem = _ping(engine, application)
+            answer, asked, problem = _ping(engine, application)
             if problem is not None:
                 troubles.append(f"{each.name} ({each.server}) does not answer: {problem}")
-            server = server_of(engine)
-            needed[server] = needed.get(server, 0) + each.total
-            limits[server] = limits.get(server) or limit
+            total = 0 if engine.pool in pools else each.total
+            pools.add(engine.pool)
+            servers = servers_of(engine)
+            for server in servers:
+                needed[server] = needed.get(server, 0) + total
+                for limit in asked:
+                    if limit.name != MAX_CONNECTIONS:
+                        needed_of[server, limit] = needed_of.get((server, limit), 0) + total
+                    elif server not in limits or len(servers) == 1:
+                        limits[server] = limit
             rows.append((*each.cells(), answer))
         if len(applications) > 1:
             click.echo(f"\napplication {number} of {len(applications)}: {application!r}")
         click.echo("\n".join(aligned([(*Capacity.TITLES, "ping"), *rows])))
     for server, count in needed.items():
-        troubles += _compare(server, count, limits[server])
+        if server in limits:
+            troubles += _compare(server, count, limits[server])
+    for (server, limit), count in needed_of.items():
+        troubles += _compare(server, count, limit)
     for trouble in troubles:
         click.echo(f"error: {trouble}", err=True)
     sys.exit(1 if troubles else 0)
@@ -382,27 +398,34 @@ def _first_number(section: Mapping[str, str], names: Iterable[str], default: int
     return default
 
 
-def _ping(engine: Engine, application: SQLASessionMiddleware) -> tuple[str, ServerLimit | None, str | None]:
+def _ping(engine: Engine, application: SQLASessionMiddleware) -> tuple[str, list[Limit], str | None]:
     """How long an engine took to answer, what its server admits, and what is wrong with it."""
-    began = time.perf_counter()
-    try:
-        with engine.connect() as connection:
-            connection.execute(text("SELECT 1"))
-            answer = f"{(time.perf_counter() - began) * 1000:.1f} ms"
-            return answer, ask_limit(connection), None
-    except Exception as error:
-        return "no answer", None, _said(error, application)
+    found: list[tuple[str, list[Limit], str | None]] = []
+
+    def ask() -> None:
+        began = time.perf_counter()
+        try:
+            with engine.connect() as connection:
+                connection.execute(text("SELECT 1"))
+                answer = f"{(time.perf_counter() - began) * 1000:.1f} ms"
+                found.append((answer, ask_limits(connection), None))
+        except Exception as error:
+            found.append(("no answer", [], _said(error, application)))
+
+    # Not every driver has a limit that covers a server which accepts a connection and says nothing.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PING_TIMEOUT)
+    return found[0] if found else ("no answer", [], f"it has said nothing for {PING_TIMEOUT} seconds")
 
 
-def _compare(server: str, needed: int, limit: ServerLimit | None) -> list[str]:
-    if limit is None:
-        return []
+def _compare(server: str, needed: int, limit: Limit) -> list[str]:
     reserved = f", of which {limit.reserved} are reserved for administrators" if limit.reserved else ""
-    said = f"{server}: up to {needed} connections; max_connections is {limit.max_connections}{reserved}"
+    said = f"{server}: up to {needed} connections; {limit.name} is {limit.maximum}{reserved}"
     click.echo(said)
     if needed <= limit.free:
         return []
-    return [f"{said}. Lower pool_size and max_overflow, or raise max_connections."]
+    return [f"{said}. Lower pool_size and max_overflow, or raise the limit."]
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import NullPool, StaticPool, create_engine
 
 from sqlasession_middleware import SQLASessionMiddleware
-from sqlasession_middleware.capacity import server_of
+from sqlasession_middleware.capacity import servers_of
 from sqlasession_middleware.errors import ConfigurationError
 
 
@@ -69,16 +69,19 @@ def test_numbers_that_are_none(numbers):
 
 
 @pytest.mark.parametrize(
-    ("url", "server"),
+    ("url", "servers"),
     [
-        ("postgresql+psycopg://u:p@h:5432/a", "postgresql://h:5432"),
-        ("postgresql+psycopg://u:p@h/a", "postgresql://h:5432"),
-        ("mariadb+pymysql://u:p@h/a", "mysql://h:3306"),
-        ("mysql+pymysql://u:p@h:3306/b", "mysql://h:3306"),
-        ("postgresql+psycopg2://u:p@h:5432/b", "postgresql://h:5432"),
-        ("postgresql+psycopg://u:p@/a?host=one:1&host=two:2", "postgresql://one:1,two:2"),
-        ("sqlite:////tmp/a.db", "sqlite:////tmp/a.db"),
+        ("postgresql+psycopg://u:p@h:5432/a", ["postgresql://h:5432"]),
+        ("postgresql+psycopg://u:p@h/a", ["postgresql://h:5432"]),
+        ("postgresql+psycopg:///a", ["postgresql://"]),
+        ("mariadb+pymysql://u:p@h/a", ["mysql://h:3306"]),
+        ("mysql+pymysql://u:p@h:3306/b", ["mysql://h:3306"]),
+        ("postgresql+psycopg2://u:p@h:5432/b", ["postgresql://h:5432"]),
+        ("postgresql+psycopg://u:p@/a?host=one:1&host=two:2", ["postgresql://one:1", "postgresql://two:2"]),
+        ("postgresql+psycopg://u:p@/a?host=one,two&port=1,2", ["postgresql://one:1", "postgresql://two:2"]),
+        ("postgresql+psycopg://u:p@/a?host=one&host=two", ["postgresql://one:5432", "postgresql://two:5432"]),
+        ("sqlite:////tmp/a.db", ["sqlite:////tmp/a.db"]),
     ],
 )
-def test_engines_of_one_server(url, server):
-    assert server_of(create_engine(url)) == server
+def test_engines_of_one_server(url, servers):
+    assert list(servers_of(create_engine(url))) == servers

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import create_engine, inspect, make_url, text
+from sqlalchemy import URL, NullPool, create_engine, inspect, make_url, text
 
-from sqlasession_middleware.capacity import server_of
+from sqlasession_middleware import cli
+from sqlasession_middleware.capacity import servers_of
 from sqlasession_middleware.cli import main
 
+from .conftest import DATABASES_SEEN
 from .integration.servers import PATIENCE
 
 
@@ -78,7 +80,70 @@ def test_check_compares_with_what_the_server_admits(ini, server_url):
     assert f"up to 10 connections; max_connections is {admitted}" in check(path, "--processes", "2").stdout
     too_many = check(path, "--processes", str(admitted))
     assert too_many.exit_code == 1
-    assert f"error: {server_of(engine)}: up to {5 * admitted} connections" in too_many.stderr
+    assert f"error: {servers_of(engine)[0]}: up to {5 * admitted} connections" in too_many.stderr
+
+
+def test_check_counts_for_each_host_that_a_url_names(ini):
+    """After a failover all connections are to one of them."""
+    url = make_url(DATABASES_SEEN.url("postgresql", ""))
+    server = f"{url.host}:{url.port or 5432}"
+    both = URL.create(url.drivername, url.username, url.password, database=url.database,
+                      query={"host": (server, "127.0.0.1:1")})  # fmt: skip
+    path = ini({"sqlalchemy.url": both.render_as_string(False).replace("%", "%%"),
+                "sqlalchemy.replicas": url.render_as_string(False).replace("%", "%%"),
+                "sqlalchemy.pool_size": 2, "sqlalchemy.max_overflow": 1})  # fmt: skip
+    done = check(path)
+    assert done.exit_code == 0, done.output
+    assert f"\npostgresql://{server}: up to 6 connections; max_connections is " in done.stdout
+    assert "\npostgresql://127.0.0.1:1: up to 3 connections; max_connections is " in done.stdout
+
+
+#: What gives an account two connections, what takes it away again, and what the limit is called.
+ACCOUNTS = {
+    "postgresql": (
+        "CREATE ROLE sqlasession_limited LOGIN CONNECTION LIMIT 2 PASSWORD 'limited'",
+        "DROP ROLE IF EXISTS sqlasession_limited",
+        "CONNECTION LIMIT of the role sqlasession_limited",
+    ),
+    "mariadb": (
+        "CREATE USER sqlasession_limited IDENTIFIED BY 'limited' WITH MAX_USER_CONNECTIONS 2",
+        "DROP USER IF EXISTS sqlasession_limited",
+        "max_user_connections of sqlasession_limited@%",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ACCOUNTS)
+def test_check_knows_the_limit_of_an_account(ini, name):
+    url = make_url(DATABASES_SEEN.url(name, ""))
+    create, drop, limit = ACCOUNTS[name]
+    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        for statement in (drop, create):
+            connection.exec_driver_sql(statement)
+    account = {"username": "sqlasession_limited", "password": "limited"}
+    database = url.database if name == "postgresql" else None  # It may use no database of MariaDB's.
+    limited = URL.create(url.drivername, host=url.host, port=url.port, database=database, **account)
+    try:
+        done = check(ini({"sqlalchemy.url": limited.render_as_string(False), "sqlalchemy.pool_size": 2,
+                          "sqlalchemy.max_overflow": 0}), "--processes", "2")  # fmt: skip
+    finally:
+        with engine.connect() as connection:
+            connection.exec_driver_sql(drop)
+    assert done.exit_code == 1
+    assert f"up to 4 connections; {limit} is 2. Lower" in done.stderr
+    assert "max_connections is" in done.stdout
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "pymysql"])
+def test_check_does_not_wait_for_a_server_that_says_nothing(ini, monkeypatch, driver):
+    monkeypatch.setattr(cli, "PING_TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        backend = "postgresql" if driver == "psycopg" else "mariadb"
+        url = f"{backend}+{driver}://shop@127.0.0.1:{silent.getsockname()[1]}/shop"
+        done = check(ini({"sqlalchemy.url": url}))
+        assert done.exit_code == 1
+        assert "does not answer: it has said nothing for 0.5 seconds" in done.stderr
 
 
 def test_check_of_what_is_out_of_reach(ini):

@@ -536,7 +536,7 @@ def check_a_port(ini: Any) -> Result:
     return check(ini({"sqlalchemy.url": f"postgresql+psycopg://shop@127.0.0.1:{free_port()}/shop"}))
 
 
-@provokes("error: …: up to … connections; max_connections is …")
+@provokes("error: …: up to … connections; … is …")
 def check_too_many(ini: Any, postgresql_url: str) -> Result:
     return check(ini({"sqlalchemy.url": postgresql_url.replace("%", "%%")}), "--processes", "100000")
 
