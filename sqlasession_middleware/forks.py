@@ -13,8 +13,10 @@ import ctypes
 import importlib
 import os
 import platform
+import sys
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
@@ -58,6 +60,8 @@ _beginner: int | None = None
 
 def leave_to_parent(engine: Engine) -> None:
     """Have children that are forked from this process leave the connections of ``engine`` alone."""
+    if has_unseen_forks:  # pragma: no cover  # in uWSGI
+        _listen_to_uwsgi()
     if engine not in _engines:
         _engines.add(engine)
         event.listen(engine, "connect", _remember)
@@ -74,6 +78,25 @@ def _known_records(pool: Pool) -> Iterable[ConnectionPoolEntry]:
     only = (names.get("connection"), names.get("_conn"))  # StaticPool, AssertionPool
     known = (*idle, *only, *names.get("_all_conns", ()))  # SingletonThreadPool
     return [record for record in known if hasattr(record, "dbapi_connection")]
+
+
+def _listen_to_uwsgi() -> None:  # pragma: no cover  # in uWSGI
+    """Have uWSGI tell of its forks: the application may hold an engine, and use it without asking us for it."""
+    # Not imported here: it takes the places of hooks that the application may have set by itself.
+    chain = getattr(sys.modules.get("uwsgidecorators"), "postfork_chain", None)
+    if chain is not None:
+        if check_process not in chain:
+            chain.insert(0, check_process)
+        return
+    before = getattr(_uwsgi, "post_fork_hook", None)
+    if getattr(before, "func", None) is not _check_before:
+        _uwsgi.post_fork_hook = partial(_check_before, before)
+
+
+def _check_before(hook: Callable[[], object] | None) -> None:  # pragma: no cover  # in uWSGI
+    check_process()
+    if hook is not None:
+        hook()
 
 
 def after_fork(renew: Callable[[], None]) -> Callable[[], None]:
@@ -201,22 +224,3 @@ def _renew_lock_and_begin_anew() -> None:  # pragma: no cover
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch
     os.register_at_fork(before=_close_idle_files, after_in_child=_renew_lock_and_begin_anew)
-
-
-def _listen_to_uwsgi() -> None:  # pragma: no cover  # in uWSGI
-    """Have uWSGI tell of its forks: the application may hold an engine, and use it without asking us for it."""
-    try:
-        importlib.import_module("uwsgidecorators").postfork(check_process)
-    except Exception:  # There is no such module, or it refuses to work without uWSGI's master process.
-        before = getattr(_uwsgi, "post_fork_hook", None)
-
-        def after_fork() -> None:
-            check_process()
-            if before is not None:
-                before()
-
-        _uwsgi.post_fork_hook = after_fork
-
-
-if has_unseen_forks:  # pragma: no cover
-    _listen_to_uwsgi()
