@@ -54,6 +54,9 @@ def _renew_lock() -> None:  # pragma: no cover  # in a child
 class RequestSession(Session):
     """The Session of a request: it commits nothing that the database has given up, and its savepoints are inside."""
 
+    #: whether it listens to what joins a savepoint
+    __joins = False
+
     def begin(self, nested: bool = False) -> SessionTransaction:
         # Python's sqlite3 begins a transaction before a statement that writes, and not before a SAVEPOINT (its
         # "Transaction control"): one before the first write would be the transaction itself, committed by its RELEASE.
@@ -61,7 +64,8 @@ class RequestSession(Session):
             self.connection()
             for connection in open_connections(self):
                 _begin_on_sqlite(connection)
-            if not event.contains(self, "after_begin", _join_savepoint):
+            if not self.__joins:
+                self.__joins = True
                 event.listen(self, "after_begin", _join_savepoint)
         return super().begin(nested)
 

@@ -85,8 +85,11 @@ class _Isolation:
                 options = dict(execution_options or {})
                 options.pop("isolation_level", None)  # The transaction has begun, with the one that it has.
                 bind = (bind_arguments or {}).get("bind")
+                if isinstance(bind, Engine) and bind in read_only:  # It was chosen to be read from.
+                    arguments = {**bind_arguments, "bind": self._connection(default)}
+                    return Session.connection(made, arguments, options or None)
                 if isinstance(bind, Engine):
-                    bind_arguments = {**bind_arguments, "bind": get_bind(bind=bind)}
+                    bind_arguments = {**bind_arguments, "bind": self._connection(bind)}
                 return connect(bind_arguments=bind_arguments, execution_options=options or None)
 
             made.get_bind = get_bind  # type: ignore[method-assign]
