@@ -67,7 +67,7 @@ def leave_to_parent(engine: Engine) -> None:
         event.listen(engine, "connect", _remember)
         event.listen(engine, "detach", _remember_detached)
         _records.update(_known_records(engine.pool))
-        if isinstance(engine.pool, QueuePool) and engine.pool.checkedout():
+        if isinstance(engine.pool, QueuePool) and engine.pool.checkedout():  # pragma: no cover
             event.listen(engine, "checkin", _remember)  # What is out at the moment comes back some time.
 
 
@@ -129,12 +129,12 @@ def _remember(driver_connection: Any, record: ConnectionPoolEntry) -> None:
     _records.add(record)
 
 
-def _remember_detached(driver_connection: Any, record: ConnectionPoolEntry) -> None:
+def _remember_detached(driver_connection: Any, record: ConnectionPoolEntry) -> None:  # pragma: no cover
     with contextlib.suppress(TypeError):  # SQLite's cannot be referred to weakly, and says nothing to a server.
         _detached.add(driver_connection)
 
 
-def _close_idle_files() -> None:
+def _close_idle_files() -> None:  # pragma: no cover  # in a script that forks
     """Before a fork: SQLite keeps the locks of a process, and the shared memory of a WAL, by file.
 
     A child would have a copy of that with any open connection, although it uses it never (SQLite's "How To Corrupt An

@@ -133,10 +133,8 @@ class NotingSession(RequestSession):
 
 def has_noted_write(opened: Session) -> bool:
     """Whether the open transaction may have written, by its statements; True where nobody has noted them."""
-    if not isinstance(opened, NotingSession):
-        return True
-    written = opened._written
-    return written is not None and (written is opened._NEXT or written is opened.get_transaction())
+    written = opened._written if isinstance(opened, NotingSession) else NotingSession._NEXT
+    return written is not None and (written is NotingSession._NEXT or written is opened.get_transaction())
 
 
 def has_noted_cursor(opened: Session) -> bool:
