@@ -142,7 +142,12 @@ def _close_idle_files() -> None:  # pragma: no cover  # in a script that forks
     """
     for engine in list(_engines):
         if engine.dialect.name == "sqlite" and isinstance(engine.pool, QueuePool):
-            engine.dispose()
+            # Not dispose(): who has a connection at the moment gives it back to this pool. No public name leads to what
+            # is idle there; each of them connects anew when it is taken.
+            idle: Any = engine.pool._pool
+            with idle.mutex:
+                for record in idle.queue:
+                    record.close()
 
 
 def _begin_anew() -> None:  # pragma: no cover
