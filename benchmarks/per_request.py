@@ -136,21 +136,32 @@ LONG_LIST = [b"x"] * CHUNKS
 # -- measuring
 
 
-def measure(contenders: dict[str, Callable[[], object]], calls: int, rounds: int) -> dict[str, list[float]]:
+def mean_of_turn(call: Callable[[], object], calls: int) -> float:
+    """Microseconds a call."""
+    begin = perf_counter_ns()
+    for _ in range(calls):
+        call()
+    return (perf_counter_ns() - begin) / calls / 1000
+
+
+def measure(
+    contenders: dict[str, Callable[[], object]],
+    calls: int,
+    rounds: int,
+    of_turn: Callable[[Callable[[], object], int], float] = mean_of_turn,
+) -> dict[str, list[float]]:
     """Microseconds a call of each contender, a figure for each round.
 
-    A turn is some milliseconds long, so that what else the machine does falls on all of them alike.
+    A turn is some milliseconds long, so that what else the machine does falls on all of them alike. Between single
+    calls no garbage is collected by hand: that would take longer than all of them.
     """
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds + 1):
-        gc.collect()
+        if calls > 1:
+            gc.collect()
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            call = contenders[name]
-            begin = perf_counter_ns()
-            for _ in range(calls):
-                call()
-            elapsed = (perf_counter_ns() - begin) / calls / 1000
+            elapsed = of_turn(contenders[name], calls)
             if number:  # The first round warms up.
                 figures[name].append(elapsed)
     return figures

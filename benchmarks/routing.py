@@ -20,7 +20,6 @@ measured by itself where a server answers.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -31,7 +30,7 @@ from collections.abc import Callable, Iterable
 from time import perf_counter_ns
 from typing import Any, NamedTuple
 
-from per_request import Item, Table, Work, difference, get_object, make_engine, select_row, using
+from per_request import Item, Table, Work, difference, get_object, make_engine, measure, select_row, using
 from sqlalchemy import create_engine, select, text
 
 from sqlasession_middleware import SQLASessionMiddleware, session
@@ -54,27 +53,14 @@ def serve(app: Any, method: str, cookie: str | None = None) -> list[tuple[str, s
     return heads[0]
 
 
-def measure(contenders: dict[str, Callable[[], object]], calls: int, rounds: int) -> dict[str, list[float]]:
-    """Microseconds a call of each contender: the median of each turn.
-
-    :param calls: of a turn.
-    :param rounds: of turns, after one to warm up.
-    """
-    figures: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for number in range(rounds + 1):
-        if calls > 1:
-            gc.collect()
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            call = contenders[name]
-            turn = []
-            for _ in range(calls):
-                begin = perf_counter_ns()
-                call()
-                turn.append(perf_counter_ns() - begin)
-            if number:
-                figures[name].append(statistics.median(turn) / 1000)
-    return figures
+def median_of_turn(call: Callable[[], object], calls: int) -> float:
+    """Microseconds of a request in the middle."""
+    turn = []
+    for _ in range(calls):
+        begin = perf_counter_ns()
+        call()
+        turn.append(perf_counter_ns() - begin)
+    return statistics.median(turn) / 1000
 
 
 def core_row(current: Any) -> object:
@@ -155,7 +141,7 @@ def figures_of_one() -> dict[str, dict[str, float]]:
     figures = {}
     for label, make in ROWS.items():
         row = make()
-        measured = measure(row.contenders, row.calls, row.rounds)
+        measured = measure(row.contenders, row.calls, row.rounds, median_of_turn)
         first, *others = row.contenders
         figures[label] = {name: difference(measured, name, first) for name in others}
         figures[label][first] = statistics.median(measured[first])

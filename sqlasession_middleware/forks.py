@@ -67,8 +67,9 @@ def leave_to_parent(engine: Engine) -> None:
         event.listen(engine, "connect", _remember)
         event.listen(engine, "detach", _remember_detached)
         _records.update(_known_records(engine.pool))
+        # What is out at the moment comes back some time. (Tested by a script that forks, which is not measured.)
         if isinstance(engine.pool, QueuePool) and engine.pool.checkedout():  # pragma: no cover
-            event.listen(engine, "checkin", _remember)  # What is out at the moment comes back some time.
+            event.listen(engine, "checkin", _remember)
 
 
 def _known_records(pool: Pool) -> Iterable[ConnectionPoolEntry]:
@@ -129,7 +130,7 @@ def _remember(driver_connection: Any, record: ConnectionPoolEntry) -> None:
     _records.add(record)
 
 
-def _remember_detached(driver_connection: Any, record: ConnectionPoolEntry) -> None:  # pragma: no cover
+def _remember_detached(driver_connection: Any, record: ConnectionPoolEntry) -> None:  # pragma: no cover  # by a script
     with contextlib.suppress(TypeError):  # SQLite's cannot be referred to weakly, and says nothing to a server.
         _detached.add(driver_connection)
 

@@ -177,7 +177,7 @@ class RoutingSession(PrimarySession):
     #: what they are
     _routing: Routing
     #: whether a class of the application's own, or bind_mapper() and bind_table(), may choose another default
-    _has_choice = False
+    _has_choice: bool
     #: where it reads, once it is known to be a request's
     __route: Route | None = None
     #: of a request with a safe method: whether something was written since the last commit

@@ -332,10 +332,10 @@ def mark_of(app, cookie: str) -> Mark:
     return app.routing.replicas.marker.read({"HTTP_COOKIE": cookie.partition(";")[0]})
 
 
-def given_by(app, written: Mark | None, cookie: str = "", headers=()) -> list[str]:
+def given_by(app, written: Mark | None, cookie: str) -> list[str]:
     """The cookies of a response."""
     marker = app.routing.replicas.marker
-    given = marker.give(written, {"HTTP_COOKIE": cookie}, list(headers))
+    given = marker.give(written, {"HTTP_COOKIE": cookie}, [])
     return [value for name, value in given if value.startswith(marker.name)]
 
 

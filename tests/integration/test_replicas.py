@@ -185,6 +185,13 @@ def look(client: Client, token: str = SEED, **options: Any) -> dict[str, Any]:
     return found
 
 
+def cookie_name(app: SQLASessionMiddleware) -> str:
+    """What the application calls its cookie."""
+    assert app.routing is not None
+    assert app.routing.replicas is not None
+    return app.routing.replicas.marker.name
+
+
 def write(client: Client, path: str = "/write") -> str:
     """Store a row."""
     token = uuid4().hex
@@ -278,9 +285,7 @@ def test_client_reads_from_the_primary_for_a_while_when_only_the_time_of_its_wri
     for standby in cluster.standbys:
         standby.pause_replay()
     with application(cluster, commit_late, read_your_writes=60) as app:
-        assert app.routing is not None
-        assert app.routing.replicas is not None
-        name = app.routing.replicas.marker.name
+        name = cookie_name(app)
         client = Client(app)
         token = write(client)
         cookie = client.get_cookie(name)
@@ -302,9 +307,7 @@ def test_client_reads_its_own_write_when_a_later_one_has_told_no_position(cluste
     for standby in cluster.standbys:
         standby.pause_replay()
     with application(cluster, store, read_your_writes=60) as app:
-        assert app.routing is not None
-        assert app.routing.replicas is not None
-        name = app.routing.replicas.marker.name
+        name = cookie_name(app)
         client = Client(app)
         token = write(client, "/commit")
         # It only reads, but its transaction is open as its head leaves: it could write yet.
@@ -403,9 +406,7 @@ def reader(running_cluster: Cluster) -> Iterator[SQLASessionMiddleware]:
 def test_client_gets_right_data_when_its_cookie_is_forged(
     cluster: Cluster, reader: SQLASessionMiddleware, cookie: str, server: str
 ) -> None:
-    assert reader.routing is not None
-    assert reader.routing.replicas is not None
-    name = reader.routing.replicas.marker.name
+    name = cookie_name(reader)
     raw = cookie.replace("{name}", name).replace("{short}", name[:-1])
     raw = raw.replace("{now}", str(int(time.time() * 1000)))
     # As a server hands on what is no ASCII (PEP 3333).
