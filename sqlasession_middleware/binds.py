@@ -68,7 +68,8 @@ def key_of_statement(clause: Any) -> str | None:
     # Most statements are a SELECT whose first column tells; a public name for it would take longer than the rest.
     columns = getattr(clause, "_raw_columns", None)
     if columns:
-        table = columns[0] if type(columns[0]) is Table else getattr(columns[0], "table", None)
+        first = columns[0]
+        table = first if type(first) is Table else getattr(first, "table", None)
         if isinstance(table, Table):
             # To ask is the call that most tables do without.
             return key_of(table) if table.info or table.metadata.info else None
@@ -104,7 +105,7 @@ def key_of(element: Table | Sequence) -> str | None:
     return None if key == DEFAULT else key
 
 
-def unknown_bind_key(key: str, known: Iterable[str], what: str) -> UnboundExecutionError:
+def unknown_bind_key(key: str, known: Iterable[str], what: object) -> UnboundExecutionError:
     """The error for a key that no bind has."""
     names = sorted(known)
     return UnboundExecutionError(

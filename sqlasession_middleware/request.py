@@ -75,7 +75,7 @@ class DatabaseRequest:
         routing = getattr(owner, "routing", None)
         engine = owner.database_engine
         if routing is not None:
-            engine = routing.engine_of(key_of_mapper(entity), f"{entity.__name__}")
+            engine = routing.engine_of(key_of_mapper(entity), entity.__name__)
         mapper = inspect(entity, raiseerr=True)
         columns = mapper.primary_key
         try:

@@ -43,10 +43,10 @@ class Routing:
         #: bind keys by mapper: they do not change, most statements have one, and there are as many as models
         self.keys: dict[Any, str | None] = {}
 
-    def engine_of(self, key: str | None, what: str) -> Engine:
+    def engine_of(self, key: str | None, what: object) -> Engine:
         """The engine of a bind key.
 
-        :param what: has the key, in an error's words.
+        :param what: has the key, and is shown in an error.
         :raises UnboundExecutionError: if there is no such key.
         """
         if key is None or key == DEFAULT:
@@ -63,27 +63,30 @@ class Routing:
         engines = self.all_engines()
         dialects = {engine.dialect.name for engine in engines.values()}
         bound = {"bind": engines[DEFAULT], **options}
-        routing = partial(session_class_for(dialects, session_class, RoutingSession), **bound)
+        more = BindsSession if self.replicas is None else RoutingSession
+        base = session_class_for(dialects, session_class, more)
+        # In a class of this application's own, so that no call has to tell each session what it needs to know.
+        known = {"_routing": self, "_has_choice": session_class.get_bind is not Session.get_bind}
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, **known}
+        routing = partial(type(base.__name__, (base,), names), **bound)
+        if self.replicas is None:
+            return routing
         on_primary = partial(session_class_for(dialects, session_class, PrimarySession), **bound)
-        has_choice = session_class.get_bind is not Session.get_bind
-        has_binds = bool(self.binds)
+        writing = routing if self.binds else on_primary
 
-        # What a session needs to know is set here: by the constructors it would take one more of ours.
-        def make_routing(**more: Any) -> Session:
-            opened: Any = routing(**more)
-            opened._routing = self
-            opened._has_choice = has_choice
-            return opened  # type: ignore[no-any-return]
-
-        def make(**more: Any) -> Session:
+        def make(**options: Any) -> Session:
             scope = current.get(None)
             if not isinstance(scope, RoutedScope):
-                return make_routing(**more) if has_binds else on_primary(**more)
-            opened: Any = make_routing(**more) if has_binds or scope.is_safe() else on_primary(**more)
+                return writing(**options)
+            # As is_safe(): here a call would be felt.
+            environ = scope.environ
+            is_safe = environ is not None and environ.get("REQUEST_METHOD") in SAFE_METHODS
+            maker = routing if is_safe else writing
+            opened: Any = maker(**options) if options else maker()
             opened._home = scope
             return opened  # type: ignore[no-any-return]
 
-        return make_routing if self.replicas is None else make
+        return make
 
     def sources(self) -> list[EngineSource]:
         """Of all but the default engine."""
@@ -157,31 +160,16 @@ class RoutedScope(Scope):
         return start_response(status, headers) if exc_info is None else start_response(status, headers, exc_info)
 
 
-class PrimarySession(RequestSession):
-    """The Session of an application with replicas, where it is on the primary from the start.
+class BindsSession(RequestSession):
+    """The Session of an application with binds.
 
     What is public of a Session is SQLAlchemy's and the application's, whose own class may have any name.
     """
 
-    #: the scope that it was made in. It is the scope's own Session if that one has it: then it is the request's also
-    #: where another thread, or a context of another application, works with it
-    _home: RoutedScope | None = None
-    #: Whether a commit tells the client that it has written. Who was asked to change something is taken at his word:
-    #: to look at each statement would take longer.
-    _may_have_written = True
-
-
-class RoutingSession(PrimarySession):
-    """The Session of an application with more than one engine."""
-
-    #: what they are
+    #: the application's engines
     _routing: Routing
     #: whether a class of the application's own, or bind_mapper() and bind_table(), may choose another default
     _has_choice: bool
-    #: where it reads, once it is known to be a request's
-    __route: Route | None = None
-    #: of a request with a safe method: whether something was written since the last commit
-    _may_have_written = False
 
     def get_bind(
         self, mapper: Any = None, *, clause: Any = None, bind: Any = None, bind_key: str | None = None, **more: Any
@@ -191,33 +179,71 @@ class RoutingSession(PrimarySession):
         :param bind: or ``bind_key``, in ``bind_arguments``: the application's own choice.
         :raises UnboundExecutionError: if there is no such bind key.
         """
+        if bind is not None:
+            return bind
         routing = self._routing
-        replicas = routing.replicas
+        if bind_key is not None:
+            return routing.engine_of(bind_key, "bind_arguments")
+        if mapper is None:
+            key = key_of_statement(clause)
+        elif mapper in routing.keys:
+            key = routing.keys[mapper]
+        else:
+            key = routing.keys[mapper] = key_of_mapper(mapper)
+        if key is not None:
+            return routing.engine_of(key, clause if mapper is None else mapper)
+        return super().get_bind(mapper, clause=clause, **more) if self._has_choice else self.bind
+
+    def bind_mapper(self, *arguments: Any, **more: Any) -> None:
+        """As SQLAlchemy's."""
+        self._has_choice = True
+        super().bind_mapper(*arguments, **more)
+
+    def bind_table(self, *arguments: Any, **more: Any) -> None:
+        """As SQLAlchemy's."""
+        self._has_choice = True
+        super().bind_table(*arguments, **more)
+
+
+class PrimarySession(RequestSession):
+    """The Session of an application with replicas, where it is on the primary from the start."""
+
+    #: the scope that it was made in. It is the scope's own Session if that one has it: then it is the request's also
+    #: where another thread, or a context of another application, works with it
+    _home: RoutedScope | None = None
+    #: Whether a commit tells the client that it has written. Who was asked to change something is taken at his word:
+    #: to look at each statement would take longer.
+    _may_have_written = True
+
+
+class RoutingSession(PrimarySession, BindsSession):
+    """The Session of an application with replicas."""
+
+    #: where it reads, once it is known to be a request's
+    __route: Route | None = None
+    #: of a request with a safe method: whether something was written since the last commit
+    _may_have_written = False
+
+    def get_bind(
+        self, mapper: Any = None, *, clause: Any = None, bind: Any = None, bind_key: str | None = None, **more: Any
+    ) -> Any:
+        """As of an application with binds; and what has none goes to a replica, or to the primary."""
+        routing = self._routing
+        replicas: Any = routing.replicas
         if bind is None and bind_key is not None:
             bind = routing.engine_of(bind_key, "bind_arguments")
         if bind is not None:
-            if replicas is not None and not replicas.has(bind):
+            if not replicas.has(bind):
                 route = self.__route or self.__find_route(replicas)
                 if route is not None:
                     route.moved = True
                 self.__note(clause)
             return bind
-        if routing.binds:
-            if mapper is None:
-                key = key_of_statement(clause)
-            elif mapper in routing.keys:
-                key = routing.keys[mapper]
-            else:
-                key = routing.keys[mapper] = key_of_mapper(mapper)
-            if key is not None:
-                return routing.engine_of(key, f"{clause if mapper is None else mapper}")
-        default: Any = self.bind
-        if self._has_choice:
+        default = self.bind
+        if routing.binds or self._has_choice:
             chosen = super().get_bind(mapper, clause=clause, **more)
             if chosen is not default:
                 return chosen
-        if replicas is None:
-            return default
         route = self.__route or self.__find_route(replicas)
         if route is None or route.moved:
             self.__note(clause)
@@ -237,20 +263,10 @@ class RoutingSession(PrimarySession):
     def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
         """As SQLAlchemy's, which does not ask for a bind where it is told one."""
         bind = (bind_arguments or {}).get("bind")
-        replicas = self._routing.replicas
-        if bind is not None and replicas is not None and not replicas.has(bind):
+        replicas: Any = self._routing.replicas
+        if bind is not None and not replicas.has(bind):
             self.get_bind(bind=bind)
         return super().connection(bind_arguments, execution_options)
-
-    def bind_mapper(self, *arguments: Any, **more: Any) -> None:
-        """As SQLAlchemy's."""
-        self._has_choice = True
-        super().bind_mapper(*arguments, **more)
-
-    def bind_table(self, *arguments: Any, **more: Any) -> None:
-        """As SQLAlchemy's."""
-        self._has_choice = True
-        super().bind_table(*arguments, **more)
 
     def __note(self, clause: Any) -> None:
         """Note whether a statement on the primary writes."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from weakref import ref
 
 import pytest
 from sqlalchemy import (
@@ -25,9 +27,11 @@ from sqlalchemy import (
     update,
 )  # fmt: skip
 from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, column_property, mapped_column
 from sqlalchemy.schema import CreateIndex, CreateSequence, CreateTable, DropTable
 from sqlalchemy.sql.expression import true
+from sqlalchemy.sql.functions import FunctionElement
 
 from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware.binds import key_of_mapper, key_of_statement
@@ -254,6 +258,38 @@ def test_unknown_bind_key_is_an_error_that_lists_the_known_ones(app, use):
     )
     with other.context(), pytest.raises(UnboundExecutionError, match=r"'audti'.*'audit', 'stats'.*mean 'audit'"):
         USES[use](other, model)
+
+
+class Answer(FunctionElement[int]):
+    """An expression that knows how often it was compiled."""
+
+    inherit_cache = True
+    type = Integer()
+    compiled = 0
+
+
+@compiles(Answer)
+def compile_answer(element: Answer, compiler: object, **more: object) -> str:
+    Answer.compiled += 1
+    return "42"
+
+
+def test_a_statement_of_a_bind_is_compiled_once(app):
+    Answer.compiled = 0
+    with app.context():
+        for _ in range(3):
+            assert session.execute(select(entry.c.id, Answer())).all() == []
+    assert Answer.compiled == 1
+
+
+def test_an_application_that_is_dropped_leaves_no_class_of_sessions():
+    app = SQLASessionMiddleware(application, "sqlite://", binds={"audit": "sqlite://"})
+    with app.context():
+        made = ref(type(session()))
+    app.dispose()
+    del app
+    gc.collect()
+    assert made() is None
 
 
 def test_without_binds_a_bind_key_is_an_error_where_tables_are_created(sqlite_url):
