@@ -13,6 +13,10 @@ contender has its own. Of a turn it is the median of its requests that counts, a
 the rest of the machine add more than what is looked for. Where the contenders have their classes in common, as with the
 cookie, a turn is one request.
 
+On a busy machine ``--instructions`` counts what valgrind (3.18 or later) sees each contender execute, by itself in
+processes of its own, each with its names and classes at other places. What is shown of time is then the share of the
+instructions that a contender needs more, times what the first one takes on this machine.
+
 The cookie is that of a database without a write-ahead log to ask: asking PostgreSQL takes a round trip, which is
 measured by itself where a server answers.
 """
@@ -22,11 +26,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from time import perf_counter_ns
 from typing import Any, NamedTuple
 
@@ -162,6 +169,56 @@ def print_rows(table: Table, processes: int) -> None:
             table.row(f"{label}: {name}", f"{base + more:.2f} us", against, f"+{bar} us", more <= bar)
 
 
+#: Classes take their places in the cache of methods in turn: after some more of them, all others have other places.
+SERVE = """
+import runpy, sys
+layout, calls, script, label, name = sys.argv[1:]
+sys.argv = [script, "--serve", label, name, calls]
+for number in range(37 * int(layout)):
+    getattr(type("Place", (), {}), "taken", None)
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def serve_alone(label: str, name: str, calls: int) -> None:
+    call = ROWS[label]().contenders[name]
+    for _ in range(calls):
+        call()
+
+
+def instructions(label: str, name: str, layout: int) -> float:
+    """Instructions of a request, without those of the process around it."""
+    few, many = 300, 800
+    counted = []
+    for calls in (few, many):
+        valgrind = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
+        command = [*valgrind, sys.executable, "-c", SERVE, str(layout), str(calls), __file__, label, name]
+        environ = {**os.environ, "PYTHONHASHSEED": str(layout), "PYTHONPATH": os.path.dirname(__file__)}
+        said = subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stderr
+        counted.append(int(re.search(r"I +refs: +([\d,]+)", said)[1].replace(",", "")))  # type: ignore[index]
+    return (counted[1] - counted[0]) / (many - few)
+
+
+def print_instructions(table: Table, layouts: int) -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for label, make in ROWS.items():
+            row = make()
+            first, *others = row.contenders
+            median_of_turn(row.contenders[first], 500)
+            base = median_of_turn(row.contenders[first], 500)
+            of_each = {
+                name: list(pool.map(partial(instructions, label, name), range(1, layouts + 1)))
+                for name in row.contenders
+            }
+            counted = statistics.median(of_each[first])
+            table.row(f"{label}: {first}", f"{counted:.0f}", f"{base:.2f} us")
+            for name in others:
+                more = statistics.median(a - b for a, b in zip(of_each[name], of_each[first], strict=True))
+                taken = more / counted * base
+                bar = row.bars[name]
+                table.row(f"{label}: {name}", f"{more:+.0f}", f"{taken:+.2f} us", f"+{bar} us", taken <= bar)
+
+
 def position_row(table: Table, rounds: int) -> None:
     engine = create_engine(POSTGRESQL)
     try:
@@ -180,13 +237,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=25)
     parser.add_argument("--one-process", action="store_true", help="print the figures of one process, as JSON")
+    parser.add_argument("--instructions", type=int, metavar="LAYOUTS", help="count instructions, in so many layouts")
+    parser.add_argument("--serve", nargs=3, metavar=("ROW", "CONTENDER", "CALLS"), help="serve requests, and no more")
     arguments = parser.parse_args()
+    if arguments.serve:
+        label, name, calls = arguments.serve
+        serve_alone(label, name, int(calls))
+        return 0
     if arguments.one_process:
         print(json.dumps(figures_of_one()))
         return 0
     table = Table()
-    print_rows(table, arguments.processes)
-    position_row(table, rounds=101)
+    if arguments.instructions:
+        print_instructions(table, arguments.instructions)
+    else:
+        print_rows(table, arguments.processes)
+        position_row(table, rounds=101)
     print(f"\n{table.missed} of the bars missed" if table.missed else "\nall bars held")
     return min(table.missed, 1)
 
