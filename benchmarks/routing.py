@@ -24,6 +24,7 @@ measured by itself where a server answers.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -182,6 +183,7 @@ runpy.run_path(script, run_name="__main__")
 
 def serve_alone(label: str, name: str, calls: int) -> None:
     call = ROWS[label]().contenders[name]
+    gc.disable()
     for _ in range(calls):
         call()
 

@@ -241,7 +241,10 @@ class RoutingSession(PrimarySession, BindsSession):
             return bind
         default = self.bind
         if routing.binds or self._has_choice:
-            chosen = super().get_bind(mapper, clause=clause, **more)
+            # Without binds a table's key is for a class of the application's own to read.
+            chosen = super(RoutingSession if routing.binds else BindsSession, self).get_bind(
+                mapper, clause=clause, **more
+            )
             if chosen is not default:
                 return chosen
         route = self.__route or self.__find_route(replicas)

@@ -351,6 +351,28 @@ def test_session_class_with_a_choice_of_its_own(tmp_path):
     special.dispose()
 
 
+def test_without_binds_a_bind_key_is_for_the_session_class(tmp_path):
+    special = create_engine("sqlite://")
+    chosen = []
+
+    class Keyed(Session):
+        def get_bind(self, mapper=None, *, clause=None, **more):
+            return special if clause is entry else super().get_bind(mapper, clause=clause, **more)
+
+    def choose(environ, start_response):
+        chosen.extend(session.get_bind(clause=table) for table in (entry, goods))
+        start_response("200 OK", [])
+        return [b""]
+
+    app = SQLASessionMiddleware(
+        choose, f"sqlite:///{tmp_path}/a.db", replicas=[f"sqlite:///{tmp_path}/a.db"], session_options={"class_": Keyed}
+    )
+    consume(app(environ(), start_response))
+    assert chosen == [special, app.engine]
+    app.dispose()
+    special.dispose()
+
+
 def test_sessions_own_bind(tmp_path):
     other = create_engine(f"sqlite:///{tmp_path}/other.db")
     app = SQLASessionMiddleware(application, f"sqlite:///{tmp_path}/a.db", binds={"audit": "sqlite://"})
