@@ -183,7 +183,7 @@ runpy.run_path(script, run_name="__main__")
 
 def serve_alone(label: str, name: str, calls: int) -> None:
     call = ROWS[label]().contenders[name]
-    gc.disable()
+    gc.disable()  # What it collects, and when, differs with all that was made before.
     for _ in range(calls):
         call()
 
