@@ -13,9 +13,9 @@ contender has its own. Of a turn it is the median of its requests that counts, a
 the rest of the machine add more than what is looked for. Where the contenders have their classes in common, as with the
 cookie, a turn is one request.
 
-On a busy machine ``--instructions`` counts what valgrind (3.18 or later) sees each contender execute, by itself in
-processes of its own, each with its names and classes at other places. What is shown of time is then the share of the
-instructions that a contender needs more, times what the first one takes on this machine.
+On a busy machine ``--instructions`` counts what valgrind sees each contender execute, by itself in processes of its
+own, each with its names and classes at other places. What is shown of time is then the share of the instructions that a
+contender needs more, times what the first one takes on this machine.
 
 The cookie is that of a database without a write-ahead log to ask: asking PostgreSQL takes a round trip, which is
 measured by itself where a server answers.

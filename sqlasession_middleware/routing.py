@@ -63,8 +63,8 @@ class Routing:
         engines = self.all_engines()
         dialects = {engine.dialect.name for engine in engines.values()}
         bound = {"bind": engines[DEFAULT], **options}
-        more = BindsSession if self.replicas is None else RoutingSession
-        base = session_class_for(dialects, session_class, more)
+        mixin = BindsSession if self.replicas is None else RoutingSession
+        base = session_class_for(dialects, session_class, mixin)
         # In a class of this application's own, so that no call has to tell each session what it needs to know.
         known = {"_routing": self, "_has_choice": session_class.get_bind is not Session.get_bind}
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, **known}
@@ -74,15 +74,15 @@ class Routing:
         on_primary = partial(session_class_for(dialects, session_class, PrimarySession), **bound)
         writing = routing if self.binds else on_primary
 
-        def make(**options: Any) -> Session:
+        def make(**more: Any) -> Session:
             scope = current.get(None)
             if not isinstance(scope, RoutedScope):
-                return writing(**options)
+                return writing(**more)
             # As is_safe(): here a call would be felt.
             environ = scope.environ
             is_safe = environ is not None and environ.get("REQUEST_METHOD") in SAFE_METHODS
             maker = routing if is_safe else writing
-            opened: Any = maker(**options) if options else maker()
+            opened: Any = maker(**more) if more else maker()
             opened._home = scope
             return opened  # type: ignore[no-any-return]
 
