@@ -3,43 +3,60 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 COMMA = ,
 
-.PHONY: demo test lint types docs dist bench clean
+# The number of test processes, each with databases of its own. TESTS runs in one process, because starting more takes
+# longer.
+WORKERS ?= $(if $(TESTS),0,4)
+PYTEST = -m pytest -n $(WORKERS) $(TESTS)
 
-# Serve the guestbook of examples/ until Ctrl-C: make demo PORT=8080 to choose the port.
-demo: $(VENV)/installed-demo
+.DEFAULT_GOAL = help
+.PHONY: help demo test coverage lint types docs dist bench clean
+
+help: ## list the targets, which is what "make" does
+	@sed -n 's/^\([a-z]*\):.* ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 17
+	@echo
+	@echo 'The virtual environment is $(VENV) (VENV=...) of $(PYTHON) (PYTHON=python3.12).'
+
+demo: $(VENV)/installed-demo ## serve the guestbook of examples/ until Ctrl-C; on another port: PORT=8080
 	PYTHONPATH=examples $(BIN)/python -m guestbook $(if $(PORT),--port $(PORT))
 
-# Run the tests, the documentation's code among them, with branch coverage.
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test ## run all tests, or some: TESTS=tests/test_binds.py; in how many processes: WORKERS=4
+ifdef COVERAGE
 	rm -f .coverage*
-	$(BIN)/python -m coverage run -m pytest $(TESTS)
+	$(BIN)/python -m coverage run $(PYTEST)
 	$(BIN)/python -m coverage combine --quiet
-	$(BIN)/python -m coverage report
+	$(BIN)/python -m coverage report $(if $(TESTS),--fail-under=0)
+else
+	$(BIN)/python $(PYTEST)
+endif
 
-lint: $(VENV)/installed-lint
+coverage: ## run the tests, and report uncovered code: the same as make test COVERAGE=1
+	$(MAKE) test COVERAGE=1
+
+lint: $(VENV)/installed-lint ## check style, with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/installed-lint
+types: $(VENV)/installed-lint ## check types, with mypy
 	$(BIN)/mypy
 
-docs: $(VENV)/installed-docs
+docs: $(VENV)/installed-docs ## build the documentation's pages
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	@echo 'The pages are in docs/_build/html: begin with docs/_build/html/index.html'
 
-# The sdist, and the wheel that is built from it.
-dist: $(VENV)/installed-dist
+dist: $(VENV)/installed-dist ## build the sdist, and the wheel from it, in dist/
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 
-# What the middleware costs a request; takes some minutes and wants an idle machine.
-bench: $(VENV)/installed-test
+bench: $(VENV)/installed-test ## measure what the middleware costs a request; takes minutes and needs an idle machine
 	$(BIN)/python benchmarks/per_request.py
 	$(BIN)/python benchmarks/routing.py
 	$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt
 	$(BIN)/python benchmarks/transactions.py
 	$(BIN)/python benchmarks/streams.py
+	$(BIN)/python benchmarks/waits.py
+	$(BIN)/python benchmarks/waits.py --time
 
-clean:
+clean: ## remove everything the targets created
 	rm -rf $(VENV) build dist docs/_build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 
 # The virtual environment.
@@ -49,7 +66,7 @@ $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# What a target needs is an extra of setup.cfg, installed anew when that has changed. EXTRAS=drivers for more.
+# A target's dependencies are an extra of setup.cfg, reinstalled when setup.cfg changes. EXTRAS=drivers adds others.
 $(VENV)/installed-%: setup.cfg $(VENV)/created
 	$(BIN)/python -m pip install --quiet --editable '.[$*$(if $(EXTRAS),$(COMMA)$(EXTRAS))]'
 	touch $@

@@ -1,4 +1,4 @@
-"""Runs what the documentation's pages show, each page in a namespace and a folder of its own: see tests/pages.py."""
+"""Runs the examples of the documentation's pages, each page in its own namespace and folder: see tests/pages.py."""
 
 from sybil import Sybil
 from sybil.parsers.rest import CodeBlockParser, DocTestParser, SkipParser
@@ -6,7 +6,9 @@ from sybil.sybil import SybilCollection
 
 from tests.pages import close_page, evaluate_console, evaluate_file, evaluate_ini, evaluate_python
 
-#: What is shown there is read from top to bottom, and typed, a Python shell's lines too.
+pytest_plugins = ["tests.databases", "tests.parallel"]
+
+#: It is read from top to bottom, and its commands, including Python shell lines, are typed.
 TUTORIAL = "docs/tutorial.rst"
 #: Its ini files are loaded.
 PASTE = "docs/paste.rst"

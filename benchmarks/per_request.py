@@ -1,8 +1,9 @@
-"""What the middleware costs a request, next to no middleware, a session by hand, and the pattern it modernises.
+"""Measure the cost of the middleware per request.
 
-Run with ``python benchmarks/per_request.py`` on an otherwise idle machine. All contenders do the same work,
-interleaved in one process; each figure is the median over the rounds, differences and ratios are taken within a
-round. SQLite in memory, one connection: what is measured is Python.
+It is compared with no middleware, a session by hand, and the pattern that it modernizes. Run ``python
+benchmarks/per_request.py`` on an otherwise idle machine. All contenders do the same work, interleaved in one process.
+Each figure is the median over the rounds; differences and ratios are computed within a round. The database is SQLite in
+memory with one connection, so only Python is measured.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = 
 
 
 def serve(app: Application) -> None:
-    """One request, as a server runs it."""
+    """Run one request as a server does."""
     result = app({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}, start_response)
     for _ in result:
         pass
@@ -58,7 +59,7 @@ def serve(app: Application) -> None:
         close()
 
 
-# -- the pattern, written literally, but for what no longer exists (LocalManager.get_ident) and for the order of
+# -- the pattern, written literally except for what no longer exists (LocalManager.get_ident) and for the order of
 # the two finishers, which leaked the session
 
 seed_local = Local()
@@ -79,7 +80,7 @@ class Seed:
         return ClosingIterator(self.app(environ, start_response), [seed_session.remove, seed_manager.cleanup])
 
 
-# -- the work, by whom the session is opened
+# -- the work, grouped by what opens the session
 
 Work = Callable[[Any], object]
 
@@ -93,7 +94,7 @@ def get_object(current: Any) -> object:
 
 
 def using(current: Any, work: Work | None) -> Application:
-    """An application that works with a session that somebody else opens and closes."""
+    """An application that uses a session opened and closed by other code."""
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if work is not None:
@@ -137,7 +138,7 @@ LONG_LIST = [b"x"] * CHUNKS
 
 
 def mean_of_turn(call: Callable[[], object], calls: int) -> float:
-    """Microseconds a call."""
+    """Return the microseconds per call."""
     begin = perf_counter_ns()
     for _ in range(calls):
         call()
@@ -150,10 +151,10 @@ def measure(
     rounds: int,
     of_turn: Callable[[Callable[[], object], int], float] = mean_of_turn,
 ) -> dict[str, list[float]]:
-    """Microseconds a call of each contender, a figure for each round.
+    """Return the microseconds per call of each contender, one figure per round.
 
-    A turn is some milliseconds long, so that what else the machine does falls on all of them alike. Between single
-    calls no garbage is collected by hand: that would take longer than all of them.
+    A turn takes some milliseconds, so that other work of the machine affects all contenders alike. With single calls,
+    no garbage is collected explicitly: that would take longer than the calls.
     """
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
@@ -162,7 +163,7 @@ def measure(
             gc.collect()
         for name in names[number % len(names) :] + names[: number % len(names)]:
             elapsed = of_turn(contenders[name], calls)
-            if number:  # The first round warms up.
+            if number:  # The first round is a warm-up.
                 figures[name].append(elapsed)
     return figures
 
@@ -233,7 +234,7 @@ def chunk_rows(table: Table, engine: Engine, rounds: int) -> None:
         }
         figures = measure({name: lambda app=app: serve(app) for name, app in apps.items()}, 40, rounds)
         for name in ("seed's pattern", "ours"):
-            # What the request as such costs is not the chunks'.
+            # Subtract the cost of the request without chunks.
             request = difference(figures, f"{name}, empty", "none, empty")
             more = (difference(figures, name, "none") - request) / CHUNKS
             is_ours = name == "ours"

@@ -1,24 +1,24 @@
-"""What binds and replicas cost a request that does not use them, and what the read-your-writes cookie costs.
+"""Measure the cost of unused binds and replicas, and the cost of the read-your-writes cookie.
 
-Run with ``python benchmarks/routing.py`` on an otherwise idle machine. As in per_request.py all contenders do the same
+Run ``python benchmarks/routing.py`` on an otherwise idle machine. As in per_request.py, all contenders do the same
 work, interleaved in one process; each figure is the median over the rounds of the difference within a round.
 
-But not of one process: where the names and classes of a process lie decides which of them fight for a place in Python's
-cache of methods (4096 of them), and in one process this alone makes the same request 20 000 instructions longer, or
-shorter, than in the next: some microseconds, and more than what is measured here. So there are many processes one after
-the other, and their median; the quartiles are shown as well.
+One process is not enough. The addresses of names and classes in a process determine which of them compete for an entry
+in Python's method cache (4096 entries). This alone can make the same request 20 000 instructions longer or shorter in
+one process than in the next: some microseconds, and more than the effect that is measured here. So the benchmark runs
+many processes one after the other and shows the median and the quartiles.
 
-And a turn is longer than in per_request.py: Python specialises its instructions for the classes that it meets, and each
-contender has its own. Of a turn it is the median of its requests that counts, and not their mean, to which garbage and
-the rest of the machine add more than what is looked for. Where the contenders have their classes in common, as with the
-cookie, a turn is one request.
+A turn is longer than in per_request.py, because Python specializes its instructions for the classes that it meets, and
+each contender has its own. The figure of a turn is the median of its requests and not their mean, which is affected by
+garbage and by the rest of the machine more than by the measured effect. If the contenders share their classes, as with
+the cookie, a turn is one request.
 
-On a busy machine ``--instructions`` counts what valgrind sees each contender execute, by itself in processes of its
-own, each with its names and classes at other places. What is shown of time is then the share of the instructions that a
-contender needs more, times what the first one takes on this machine.
+On a busy machine, ``--instructions`` counts the instructions of each contender with valgrind, in separate processes,
+each with its names and classes at different addresses. The time shown is then the ratio of a contender's additional
+instructions, multiplied by the time of the first contender on this machine.
 
-The cookie is that of a database without a write-ahead log to ask: asking PostgreSQL takes a round trip, which is
-measured by itself where a server answers.
+The cookie is that of a database without a write-ahead log. Asking PostgreSQL takes a round trip, which is measured
+separately if a server responds.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from per_request import Item, Table, Work, difference, get_object, make_engine, 
 from sqlalchemy import create_engine, select, text
 
 from sqlasession_middleware import SQLASessionMiddleware, session
-from sqlasession_middleware.drivers import written_position
-from sqlasession_middleware.marks import Mark
+from sqlasession_middleware._database.cookie import LastWrite
+from sqlasession_middleware._drivers.registry import driver_of
 
 POSTGRESQL = os.environ.get("TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
 
 
 def serve(app: Any, method: str, cookie: str | None = None) -> list[tuple[str, str]]:
-    """One request, as a server runs it; the response's headers."""
+    """Run one request as a server does, and return the headers of the response."""
     environ = {"REQUEST_METHOD": method, "PATH_INFO": "/"}
     if cookie is not None:
         environ["HTTP_COOKIE"] = cookie
@@ -62,7 +62,7 @@ def serve(app: Any, method: str, cookie: str | None = None) -> list[tuple[str, s
 
 
 def median_of_turn(call: Callable[[], object], calls: int) -> float:
-    """Microseconds of a request in the middle."""
+    """Return the median microseconds of a request."""
     turn = []
     for _ in range(calls):
         begin = perf_counter_ns()
@@ -79,7 +79,7 @@ CORE = select(Item.__table__).where(Item.__table__.c.id == 1)
 
 
 def head_first(work: Work) -> Callable[..., Iterable[bytes]]:
-    """An application that asks the database when the head has left, and with it the chance to give a cookie."""
+    """An application that queries the database after the head was sent, when it is too late to set a cookie."""
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         start_response("200 OK", [("Content-Type", "text/plain")])
@@ -90,11 +90,11 @@ def head_first(work: Work) -> Callable[..., Iterable[bytes]]:
 
 
 class Row(NamedTuple):
-    """A kind of request, and what it is compared with.
+    """A kind of request, and its contenders.
 
-    :param calls: of a turn.
-    :param rounds: of turns.
-    :param bars: by how many microseconds each contender may take longer than the first.
+    :param calls: the number of calls in a turn.
+    :param rounds: the number of rounds.
+    :param bars: the number of microseconds that each contender may take longer than the first one.
     """
 
     calls: int
@@ -104,7 +104,7 @@ class Row(NamedTuple):
 
 
 def unused(app: Any, calls: int = 500) -> Row:
-    """Binds and replicas that are configured and not used: the method is not safe, and the tables have no bind key."""
+    """Binds and replicas that are configured but not used: the method is not safe, and the tables have no bind key."""
     engine = make_engine()
     apps = {
         "neither": SQLASessionMiddleware(app, engine),
@@ -116,7 +116,7 @@ def unused(app: Any, calls: int = 500) -> Row:
 
 
 def given() -> Row:
-    """The cookie given: what a POST leaves open may be a write. Without it where the head has left before."""
+    """Setting the cookie: a POST with an open transaction may have written. Without it, the head was sent before."""
     replicas: dict[str, Any] = {"replicas": ["sqlite://"]}
     engine = make_engine()
     late = SQLASessionMiddleware(head_first(select_row), engine, **replicas)
@@ -125,10 +125,10 @@ def given() -> Row:
 
 
 def taken() -> Row:
-    """The cookie taken: one that is too old to matter, so that both read from a replica."""
+    """Reading the cookie: it is too old to matter, so both contenders read from a replica."""
     app = SQLASessionMiddleware(using(session, select_row), make_engine(), replicas=[make_engine()])
-    marker = app.routing.replicas.marker  # type: ignore[union-attr]
-    cookie = marker.header(Mark(time.time() - 3600, None), {})[1].partition(";")[0]
+    marker = app.routing.replicas.cookie  # type: ignore[union-attr]
+    cookie = marker.header(LastWrite(time.time() - 3600, None), {})[1].partition(";")[0]
     cookies = {"other cookies": "theme=dark; session=0123456789; lang=en", "taken": f"theme=dark; {cookie}; lang=en"}
     contenders = {name: lambda each=each: serve(app, "GET", each) for name, each in cookies.items()}
     return Row(1, 5000, contenders, {"taken": 3})
@@ -145,7 +145,7 @@ ROWS: dict[str, Callable[[], Row]] = {
 
 
 def figures_of_one() -> dict[str, dict[str, float]]:
-    """Of one process: of each kind of request what the first contender takes, and how much longer the others do."""
+    """The figures of one process: the time of the first contender for each kind of request, and the differences."""
     figures = {}
     for label, make in ROWS.items():
         row = make()
@@ -170,7 +170,7 @@ def print_rows(table: Table, processes: int) -> None:
             table.row(f"{label}: {name}", f"{base + more:.2f} us", against, f"+{bar} us", more <= bar)
 
 
-#: Classes take their places in the cache of methods in turn: after some more of them, all others have other places.
+#: Classes get their entries in the method cache in order: some additional classes move all others to other entries.
 SERVE = """
 import runpy, sys
 layout, calls, script, label, name = sys.argv[1:]
@@ -183,13 +183,13 @@ runpy.run_path(script, run_name="__main__")
 
 def serve_alone(label: str, name: str, calls: int) -> None:
     call = ROWS[label]().contenders[name]
-    gc.disable()  # What it collects, and when, differs with all that was made before.
+    gc.disable()  # What it collects, and when, depends on all objects created before.
     for _ in range(calls):
         call()
 
 
 def instructions(label: str, name: str, layout: int) -> float:
-    """Instructions of a request, without those of the process around it."""
+    """Return the instructions of a request, without those of the rest of the process."""
     few, many = 300, 800
     counted = []
     for calls in (few, many):
@@ -227,7 +227,7 @@ def position_row(table: Table, rounds: int) -> None:
         with engine.connect() as connection:
             connection.execute(text("SELECT 1"))
             connection.commit()
-            figures = measure({"asked": lambda: written_position(connection)}, 20, rounds)
+            figures = measure({"asked": lambda: driver_of(connection).written_position(connection)}, 20, rounds)
         table.row("PostgreSQL asked for its position", f"{statistics.median(figures['asked']):.2f} us")
     except Exception as error:
         print(f"PostgreSQL is not reachable: {error}")

@@ -1,16 +1,17 @@
-"""What an ordinary request waits for while many event streams are open, with a small pool: ours and Flask-SQLAlchemy.
+"""Measure how long an ordinary request waits while many event streams are open, with a small pool.
 
-Run with ``python benchmarks/streams.py``, after ``pip install -r benchmarks/requirements.txt``. Another database than
-an SQLite file: ``--url postgresql+psycopg://postgres@127.0.0.1/test``.
+The middleware is compared with Flask-SQLAlchemy. Run ``python benchmarks/streams.py`` after ``pip install -r
+benchmarks/requirements.txt``. Use ``--url postgresql+psycopg://postgres@127.0.0.1/test`` for a database other than an
+SQLite file.
 
 All contenders wrap the same Flask application. Each stream has a thread, as in a threaded server, and queries for each
 event; a round is one event of every stream. An ordinary request, which queries once, is timed while all streams wait
-for their next event, and while all of them make it. Threads meet at barriers: nothing sleeps. "No streams" is the same
-request to a second instance with a pool of its own, in turns with the first one.
+for their next event, and while all of them produce it. Threads meet at barriers; nothing sleeps. "No streams" is the
+same request to a second instance with its own pool, alternating with the first one.
 
-Bars: with ours every stream lives through all rounds, no connection is held while the streams wait, no ordinary
-request fails, and while they wait one takes at most 1.1 times as long as without streams. Of the peer it is only told
-what happens.
+Bars: with the middleware, every stream survives all rounds, no connection is held while the streams wait, no ordinary
+request fails, and a request takes at most 1.1 times as long while the streams wait as without streams. For the other
+contender, the results are only shown.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from sqlasession_middleware import SQLASessionMiddleware, session
 
 MOST_TIMES = 1.1
 POOL_SIZE = 5
-ENOUGH_FAILURES = 3  # Each takes the whole timeout.
+ENOUGH_FAILURES = 3  # Each failure takes the whole timeout.
 STATEMENT = select(Item.name).where(Item.id == 1)
 
 
@@ -91,7 +92,7 @@ CONTENDERS: dict[str, Factory] = {
 
 
 def request(app: Application, path: str) -> tuple[str, Any]:
-    """The status and the body, not yet stepped through."""
+    """Return the status and the body, not yet iterated."""
     statuses = []
 
     def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], None]:
@@ -111,9 +112,9 @@ def is_served(app: Application) -> bool:
 
 
 class Stream(threading.Thread):
-    """An event stream, and the thread of the server that steps through it.
+    """An event stream, and the server thread that iterates over it.
 
-    :param meeting: where all streams and the main thread begin and end a round.
+    :param meeting: the barrier at which all streams and the main thread begin and end a round.
     """
 
     def __init__(self, app: Application, meeting: threading.Barrier) -> None:
@@ -121,7 +122,7 @@ class Stream(threading.Thread):
         self.app = app
         self.meeting = meeting
         self.stopped = False
-        #: what the stream broke off with
+        #: the error that ended the stream
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -146,7 +147,7 @@ class Stream(threading.Thread):
 
 
 class Latencies:
-    """How long ordinary requests took, in microseconds, and how many were served."""
+    """The durations of ordinary requests in microseconds, and the number of served requests."""
 
     def __init__(self) -> None:
         self.served: list[float] = []
@@ -186,7 +187,7 @@ def measure(
         stream.start()
     for turn in range(options.rounds + 1):
         meeting.wait()
-        if turn:  # The first one opens the streams.
+        if turn:  # The first turn opens the streams.
             amid.time(app)
         meeting.wait()
         held = max(held, engine.pool.checkedout())  # type: ignore[attr-defined]  # It is a QueuePool.
@@ -240,7 +241,7 @@ def main() -> int:
     print(", ".join(versions()))
     pool = f"a pool of {POOL_SIZE} + 0, timeout {arguments.timeout} s"
     print(f"{arguments.streams} streams, {arguments.rounds} rounds, {pool}\n")
-    logging.disable(logging.CRITICAL)  # The tracebacks of requests that get no connection.
+    logging.disable(logging.CRITICAL)  # Hide the tracebacks of requests that get no connection.
     table = Table()
     with tempfile.TemporaryDirectory() as folder:
         url = arguments.url or f"sqlite:///{os.path.join(folder, 'streams.db')}"

@@ -1,18 +1,18 @@
-"""What a transaction around one INSERT costs a request: by hand, with the middleware, and with the field's peers.
+"""Measure the cost of a transaction around one INSERT: by hand, with the middleware, and with other libraries.
 
-Run with ``python benchmarks/transactions.py`` on an otherwise idle machine, after
-``pip install -r benchmarks/requirements.txt``: a peer that is not there, or does not work, is named and left out.
+Run ``python benchmarks/transactions.py`` on an otherwise idle machine, after ``pip install -r
+benchmarks/requirements.txt``. A library that is missing or does not work is reported and left out.
 
-Every contender stores one small row through the ORM and commits it. They take turns in one process; each figure is
-the median over the rounds; differences and ratios are taken within a round, against a session by hand in the same
-framework (``with Session(engine) as own, own.begin():``): frameworks are not compared. SQLite in memory, one
-connection, emptied before each turn: what is measured is Python, in CPU time, as nothing waits for anything. Each
-contender has an engine of its own, because what listens to an engine slows all of its users down. Peers run with
-their defaults, but for those that commit only if told to. Before anything is measured, each has to have stored its
-row, and to have stored none where the application raised.
+Every contender stores one small row through the ORM and commits it. The contenders take turns in one process. Each
+figure is the median over the rounds; differences and ratios are computed within a round, relative to a session by hand
+in the same framework (``with Session(engine) as own, own.begin():``). Frameworks are not compared with each other. The
+database is SQLite in memory with one connection, emptied before each turn. So only Python is measured, in CPU time,
+because nothing waits. Each contender has its own engine, because listeners of an engine slow down all of its users. The
+other libraries run with their defaults, except for those that commit only if configured to. Before the measurement,
+each contender must have stored its row, and must have stored none if the application raised.
 
-Bars: ours in bare WSGI costs at most 3 % more than the session by hand, and in each framework it adds less than each
-peer does there.
+Bars: in bare WSGI, the middleware costs at most 3 % more than the session by hand. In each framework, it adds less than
+each other library does there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ENGINE_OPTIONS: dict[str, Any] = {"poolclass": StaticPool, "connect_args": {"che
 ENVIRON = create_environ("/", method="POST", errors_stream=io.StringIO())
 HEADERS = [("Content-Type", "text/plain"), ("Content-Length", "4")]
 
-#: What stores the row and commits it, given the framework's request and the path.
+#: Stores the row and commits it; receives the framework's request and the path.
 Handler = Callable[[Any, str], None]
 Factory = Callable[[], tuple[Application, Engine]]
 
@@ -73,7 +73,7 @@ def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = 
 
 
 def serve(app: Application, path: str = "/") -> None:
-    """One request, as a server runs it."""
+    """Run one request as a server does."""
     environ = ENVIRON.copy()
     environ["PATH_INFO"] = path
     result = app(environ, start_response)
@@ -184,7 +184,7 @@ def bottle(handle: Handler) -> Application:
     return app
 
 
-# -- by hand and ours, in any of them
+# -- by hand and with the middleware, in each framework
 
 
 def by_hand(framework: Callable[[Handler], Application]) -> tuple[Application, Engine]:
@@ -203,7 +203,7 @@ def ours(framework: Callable[[Handler], Application], **options: Any) -> tuple[A
     return SQLASessionMiddleware(app, engine, **({"transaction": True} | options)), engine
 
 
-# -- the peers, as their documentation has it
+# -- the other libraries, set up as their documentation recommends
 
 
 def repoze_tm2() -> tuple[Application, Engine]:
@@ -217,7 +217,7 @@ def repoze_tm2() -> tuple[Application, Engine]:
 
 
 def pyramid_tm_scoped() -> tuple[Application, Engine]:
-    """Pyramid's older way, and the cheaper one."""
+    """Pyramid's older and cheaper setup."""
     from zope.sqlalchemy import register
 
     engine = make_engine()
@@ -227,7 +227,7 @@ def pyramid_tm_scoped() -> tuple[Application, Engine]:
 
 
 def pyramid_tm_cookiecutter() -> tuple[Application, Engine]:
-    """As pyramid-cookiecutter-starter writes it: a session on the request, an explicit manager."""
+    """The setup of pyramid-cookiecutter-starter: a session on the request, and an explicit manager."""
     from zope.sqlalchemy import register
 
     engine = make_engine()
@@ -327,14 +327,14 @@ class Contender:
 
 
 def check(contender: Contender) -> str | None:
-    """What is wrong with it, if anything."""
+    """Return what is wrong with a contender, if anything."""
     serve(contender.app)
     if (rows := count(contender.engine)) != 1:
         return f"stored {rows} rows instead of one"
     try:
         serve(contender.app, "/fail")
     except FailedOnPurposeError:
-        pass  # Some frameworks answer with a page, others let the server do that.
+        pass  # Some frameworks respond with an error page; others leave that to the server.
     if (rows := count(contender.engine)) != 1:
         return f"stored {rows - 1} rows although the application had raised"
     serve(contender.app)
@@ -342,7 +342,7 @@ def check(contender: Contender) -> str | None:
 
 
 def entries(name: str) -> dict[str, Factory]:
-    """The contenders of a framework that are there and that work; the others are named."""
+    """Return the contenders of a framework that are installed and work; report the others."""
     framework, more = FRAMEWORKS[name]
     found: dict[str, Factory] = {}
     for label, make in {BASE: lambda: by_hand(framework), OURS: lambda: ours(framework), **more}.items():
@@ -364,10 +364,10 @@ def entries(name: str) -> dict[str, Factory]:
 
 
 def measure(factories: dict[str, Factory], calls: int, rounds: int, builds: int) -> dict[str, list[float]]:
-    """Microseconds a request of each contender, a figure for each round; tables are emptied outside of the clock.
+    """Return the microseconds per request of each contender, one figure per round; emptying tables is not timed.
 
-    Where in memory a contender has come to lie, and who was on the caches before it, is worth more than a percent:
-    so all are built anew several times, and take their turns in another order in each round.
+    The addresses of a contender's objects, and the contender that used the caches before it, make a difference of more
+    than a percent. So all contenders are built several times, and take turns in a different order in each round.
     """
     figures: dict[str, list[float]] = {name: [] for name in factories}
     names = list(factories)
@@ -387,7 +387,7 @@ def measure(factories: dict[str, Factory], calls: int, rounds: int, builds: int)
                 elapsed = (process_time_ns() - begin) / calls / 1000
                 if (rows := count(engine)) != calls:
                     raise SystemExit(f"{name}: stored {rows} rows in {calls} requests")
-                if number:  # The first round warms up.
+                if number:  # The first round is a warm-up.
                     figures[name].append(elapsed)
         for contender in contenders.values():
             contender.engine.dispose()
@@ -433,7 +433,7 @@ def main() -> int:
     arguments = parser.parse_args()
     print(", ".join(versions()))
     print(f"{arguments.rounds} rounds of {arguments.calls} requests, {arguments.builds} builds\n")
-    # The tracebacks of the applications that fail on purpose.
+    # Hide the tracebacks of applications that fail on purpose.
     logging.disable(logging.CRITICAL)
     chosen = {name: entries(name) for name in arguments.framework or FRAMEWORKS}
     table = Table()

@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span for each request, and inside of it one for each statement.
+"""OpenTelemetry: a span for each request, with a child span for each statement.
 
 Run it in this folder, and see the spans of a request on the terminal::
 
@@ -34,18 +34,18 @@ def app(request):
     return Response(f"Visit number {session.scalar(select(func.count(Visit.id)))}\n", content_type="text/plain")
 
 
-# In production a BatchSpanProcessor with an OTLPSpanExporter.
+# In production, use a BatchSpanProcessor with an OTLPSpanExporter.
 provider = TracerProvider(resource=Resource.create({"service.name": "visits"}))
 provider.add_span_processor(SimpleSpanProcessor(ConsoleSpanExporter()))
 
 database = SQLASessionMiddleware(app, "sqlite:///visits.db", metadata=Base.metadata, transaction=True)
 database.init_database()
 SQLAlchemyInstrumentor().instrument(
-    # All of this application's, with its binds and replicas, whatever was imported first.
+    # All engines of this application, including binds and replicas, regardless of the order of imports.
     engines=list(database.engines.values()),
     tracer_provider=provider,
-    # It asks for a SQLAlchemy older than 2.1, but works with 2.1.
+    # The instrumentation declares SQLAlchemy older than 2.1, but works with 2.1.
     skip_dep_check=True,
 )
-# On the outside, so that what a request asks of the database is inside of its span.
+# Outermost, so that the spans of the statements are children of the request's span.
 app = OpenTelemetryMiddleware(database, tracer_provider=provider)

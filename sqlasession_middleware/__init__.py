@@ -1,12 +1,16 @@
 """One SQLAlchemy session per request for any WSGI application, gone when the response closes."""
 
-from .context import application, local, local_manager
+from typing import cast
+
+from ._database.schema import metadata
+from ._scope.deadline import remaining
+from ._scope.local import application as _application
+from ._scope.local import local, local_manager
+from ._sessions.registry import session
+from ._sessions.release import release
+from ._sessions.routed_scope import on_primary
 from .middleware import SQLASessionMiddleware
-from .routing import on_primary
-from .schema import metadata
-from .sessions import session
-from .streams import release
-from .transaction import doom
+from .transaction import doom, repeat
 
 __all__ = [
     "SQLASessionMiddleware",
@@ -17,5 +21,10 @@ __all__ = [
     "metadata",
     "on_primary",
     "release",
+    "remaining",
+    "repeat",
     "session",
 ]
+
+#: The middleware that owns the current scope: a proxy that is typed as what it leads to.
+application = cast("SQLASessionMiddleware", _application)

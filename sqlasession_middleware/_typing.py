@@ -1,7 +1,7 @@
-"""The type of ``Guest.select``, for type checkers alone: no program loads this module.
+"""The type of :meth:`.models.Queries.select`, for type checkers only: the module is not imported at runtime.
 
-What ``select(Guest)`` returns is a ``Select[tuple[Guest]]`` in SQLAlchemy 2.0, and a ``Select[Guest]`` in 2.1. A type
-checker cannot be asked for the version of a library, but it finds what fits the type of a statement.
+``select(Guest)`` is a ``Select[tuple[Guest]]`` in SQLAlchemy 2.0, and a ``Select[Guest]`` in 2.1. A type checker cannot
+test the version of a library, but it resolves an overload by the type of a statement.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Selects20(Protocol):
     def __get__(self, instance: object, owner: type[Entity]) -> Callable[[], Select[tuple[Entity]]]: ...
 
 
-# What 2.0 has to be told to ignore is right in 2.1.
+# The ignored errors occur with SQLAlchemy 2.0 only: its Select takes a tuple.
 class Selects21(Protocol):
     """``Guest.select`` with SQLAlchemy 2.1."""
 

@@ -1,53 +1,30 @@
-"""How many connections a deployment can open, and how many the servers admit."""
+"""Computes how many connections a deployment can open, and asks servers how many they admit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from sqlalchemy import URL, Connection, Engine, text
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.pool import AssertionPool, Pool, QueuePool, StaticPool
 
+from ._database.secrets import without_rest_of_password
+from ._dependencies import max_overflow
+from ._drivers.base import MAX_CONNECTIONS, Limit
+from ._drivers.registry import driver_of, server_of_url
 from .errors import ConfigurationError, shown
 
 __all__ = ["MAX_CONNECTIONS", "Capacity", "EngineCapacity", "Limit", "aligned", "ask_limits", "servers_of"]
-
-#: the limit of a whole server
-MAX_CONNECTIONS = "max_connections"
-
-# PostgreSQL keeps some for superusers and, since 16, for roles that are granted them ("Connection Settings").
-ASK_POSTGRESQL = """
-    SELECT sum(setting::int) FILTER (WHERE name = 'max_connections'),
-           sum(setting::int) FILTER (WHERE name <> 'max_connections')
-    FROM pg_catalog.pg_settings
-    WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')
-"""
-
-# "CREATE ROLE", "CREATE DATABASE": -1 is no limit, and superusers have none.
-ASK_POSTGRESQL_OF_ITS_OWN = """
-    SELECT 'CONNECTION LIMIT of the role ' || rolname, rolconnlimit
-    FROM pg_catalog.pg_roles WHERE rolname = session_user AND NOT rolsuper
-    UNION ALL
-    SELECT 'CONNECTION LIMIT of the database ' || datname, datconnlimit
-    FROM pg_catalog.pg_database, pg_catalog.pg_roles
-    WHERE datname = current_database() AND rolname = session_user AND NOT rolsuper
-"""
-
-# One more is admitted, for an administrator ("max_connections"). The other one is the account's own, 0 for no limit.
-ASK_MYSQL = "SELECT @@max_connections, CONCAT('max_user_connections of ', CURRENT_USER()), @@max_user_connections"
-
-#: Where a server listens unless the URL says otherwise.
-_PORTS = {"postgresql": 5432, "mysql": 3306}
 
 
 class EngineCapacity(NamedTuple):
     """The connections of one engine.
 
     :param name: in ``app.engines``.
-    :param server: where its connections go, without user and password.
-    :param each: how many connections the pool of one process opens at most; None if it has no limit of its own.
-    :param total: how many all processes open at most; where the pool has no limit, one for each thread.
-    :param waiting: how many threads of a process wait for a connection, if all of them use this engine at once.
+    :param server: the server of its connections, as a URL without user and password.
+    :param each: the largest number of connections that the pool of one process opens; None if the pool has no limit.
+    :param total: the largest number that all processes open; if the pool has no limit, one for each thread.
+    :param waiting: the number of threads of a process that wait for a connection if all of them use this engine.
     """
 
     name: str
@@ -57,85 +34,67 @@ class EngineCapacity(NamedTuple):
     waiting: int
 
     def cells(self) -> tuple[str, ...]:
-        """What a table shows of it."""
+        """Return the cells of a row in the table of :class:`Capacity`."""
         each = "no limit" if self.each is None else str(self.each)
         return (self.name, self.server, each, str(self.total), str(self.waiting))
 
 
 class Capacity(tuple[EngineCapacity, ...]):
-    """What the engines of an application can open, one after the other; ``str()`` makes a table of it."""
+    """The capacities of the engines of an application. ``str()`` returns them as a table."""
 
     TITLES: ClassVar = ("engine", "server", "each process", "in all", "waiting threads")
 
     processes: int
     threads: int
-    #: the connections of all engines; one with several names counts once
+    #: the largest number of connections of all engines; an engine with several names counts once
     total: int
 
     @classmethod
     def of(cls, engines: Mapping[str, Engine], processes: int, threads: int) -> Capacity:
-        """Of engines by name.
+        """Return the capacity of engines.
 
-        :raises ConfigurationError: if a number is none.
+        :param engines: the engines by their names.
+        :param processes: the number of processes.
+        :param threads: the number of threads in each process.
+        :raises ConfigurationError: if ``processes`` or ``threads`` is not a whole number from 1.
         """
         for name, number in (("processes", processes), ("threads", threads)):
             if type(number) is not int or number < 1:
                 raise ConfigurationError(name, f"must be a whole number from 1, got {shown(number)}.")
-        made = cls(_capacity(name, engine, processes, threads) for name, engine in engines.items())
-        made.processes, made.threads = processes, threads
-        made.total = sum({engines[each.name].pool: each.total for each in made}.values())
-        return made
+        capacity = cls(_capacity(name, engine, processes, threads) for name, engine in engines.items())
+        capacity.processes, capacity.threads = processes, threads
+        capacity.total = sum({engines[each.name].pool: each.total for each in capacity}.values())
+        return capacity
 
     def __str__(self) -> str:
         return "\n".join(aligned([self.TITLES, *(each.cells() for each in self)]))
 
 
-class Limit(NamedTuple):
-    """How many connections a server admits, or one of its roles, accounts or databases.
-
-    :param name: :data:`MAX_CONNECTIONS`, or what has the limit.
-    :param reserved: how many of them are for administrators.
-    """
-
-    name: str
-    maximum: int
-    reserved: int = 0
-
-    @property
-    def free(self) -> int:
-        """Those that an application can have."""
-        return self.maximum - self.reserved
+# The public module, for pickles.
+Limit.__module__ = __name__
 
 
 def ask_limits(connection: Connection) -> list[Limit]:
-    """What limits the connections of an engine that has this one; empty where nothing does, or nobody can be asked."""
-    dialect = connection.dialect.name
-    if dialect == "postgresql":
-        found = connection.execute(text(ASK_POSTGRESQL)).one()
-        own = [Limit(*row) for row in connection.execute(text(ASK_POSTGRESQL_OF_ITS_OWN))]
-        return [Limit(MAX_CONNECTIONS, found[0], found[1]), *(limit for limit in own if limit.maximum >= 0)]
-    if dialect in ("mysql", "mariadb"):
-        maximum, account, of_account = connection.execute(text(ASK_MYSQL)).one()
-        return [Limit(MAX_CONNECTIONS, maximum), *([Limit(account, of_account)] if of_account > 0 else [])]
-    return []
+    """The limits of the server, role, database or account of a connection; empty if there are none."""
+    return driver_of(connection).server.limits(connection)
 
 
 def servers_of(engine: Engine) -> tuple[str, ...]:
-    """What has the limits: servers, whatever the database, driver and user; or a file.
+    """The servers that an engine connects to, whatever the database, driver and user; or a file.
 
-    Of an URL with several hosts each one: all connections may be to any of them.
+    A URL may have several hosts. Each counts, because all connections may be to one of them.
     """
     url = engine.url
-    backend = url.get_backend_name()
-    if backend == "sqlite":
-        return (f"sqlite:///{url.database or ''}",)
-    backend = "mysql" if backend == "mariadb" else backend
-    default = _PORTS.get(backend)
+    server = server_of_url(url)
+    backend = server.names[0] if server.names else url.get_backend_name()
+    if not server.is_networked:
+        return (f"{backend}:///{url.database or ''}",)
+    default = server.default_port
     if url.host:
         hosts = [(url.host, url.port)]
     else:
         names, ports = (_words(url.normalized_query.get(name, ())) for name in ("host", "port"))
-        # As libpq: a port for each host, or one for all.
+        # As in libpq: a port for each host, or one for all.
         ports = ports * len(names) if len(ports) == 1 else ports + [""] * (len(names) - len(ports))
         hosts = [_host_and_port(name, port) for name, port in zip(names, ports, strict=False)] or [("", None)]
     return tuple(
@@ -154,7 +113,7 @@ def _host_and_port(host: str, port: str) -> tuple[str, Any]:
 
 
 def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """The lines of a table."""
+    """Return the rows as lines, with columns padded to the same width."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -162,14 +121,14 @@ def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 def _capacity(name: str, engine: Engine, processes: int, threads: int) -> EngineCapacity:
     each = _limit(engine.pool)
-    url = engine.url
+    url = without_rest_of_password(engine.url)
     server = f"{url.drivername}://{_hosts(url)}/{url.database or ''}"
     total = processes * (threads if each is None else each)
     return EngineCapacity(name, server, each, total, 0 if each is None else max(0, threads - each))
 
 
 def _hosts(url: URL) -> str:
-    """Without the rest of the query, which may hold secrets."""
+    """Return host and port of a URL. The rest of its query may hold secrets and is left out."""
     if url.host:
         return url.host if url.port is None else f"{url.host}:{url.port}"
     hosts = url.normalized_query.get("host", ())
@@ -179,6 +138,6 @@ def _hosts(url: URL) -> str:
 
 def _limit(pool: Pool) -> int | None:
     if isinstance(pool, QueuePool):
-        overflow = pool._max_overflow  # No public name tells it. -1, and so a pool_size of 0, is without a limit.
+        overflow = max_overflow(pool)  # -1 is no limit, and a pool_size of 0 makes it -1.
         return None if overflow < 0 else pool.size() + overflow
     return 1 if isinstance(pool, StaticPool | AssertionPool) else None

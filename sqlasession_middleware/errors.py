@@ -1,6 +1,6 @@
-"""The errors that this library raises by itself.
+"""The exceptions that this library defines.
 
-Each says what was found and what to do next, and none ever holds a password.
+Their messages name what was found and what to do about it, and never contain a password.
 """
 
 from __future__ import annotations
@@ -8,26 +8,79 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 
-__all__ = ["ConfigurationError", "ScopeError", "TransactionAborted", "nearest", "shown"]
+__all__ = [
+    "BreakerOpenError",
+    "ConfigurationError",
+    "DeadlineError",
+    "IsolationError",
+    "ScopeError",
+    "TransactionAborted",
+    "nearest",
+    "shown",
+]
 
 
 class ScopeError(RuntimeError):
-    """`session` was used where no application is bound, or after its request was over."""
+    """``session`` was used where no application is bound, or after the end of its request."""
+
+
+class IsolationError(RuntimeError):
+    """A session in an ``isolated()`` block cannot be kept apart from the others."""
 
 
 class TransactionAborted(RuntimeError):  # noqa: N818  # the field's term
-    """The transaction cannot be committed: the database gave it up after an error, and the application went on.
+    """A transaction cannot be committed, because the database has aborted it after an error that was caught.
 
-    PostgreSQL would answer the COMMIT with a ROLLBACK and no error, so a success would have stored nothing.
+    PostgreSQL performs a ROLLBACK for a COMMIT of such a transaction and reports no error, so that a request would
+    succeed without storing anything.
     """
+
+
+class BreakerOpenError(ConnectionError):
+    """A database was out of reach several times in a row, and is not waited for at the moment.
+
+    :param database: its URL, without the password.
+    :param seconds: until it is tried again.
+    """
+
+    def __init__(self, database: str, seconds: float) -> None:
+        super().__init__(database, seconds)
+        self.database = database
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"the database {self.database} is out of reach, and is tried again in {self.seconds:.1f} s"
+
+
+class DeadlineError(RuntimeError):
+    """The deadline of a request or context has passed while it was waiting for a database, or before it began to.
+
+    It is no :exc:`TimeoutError`, because SQLAlchemy takes those for asyncio's, and drops the connection.
+
+    :param seconds: the deadline, counted from the begin of the request, of the context, or of a stream's unit.
+    :param what: what was ended, or was not begun.
+    :param is_outcome_unknown: whether it was a COMMIT, of which nobody knows whether it took place.
+    """
+
+    #: whether the database has said nothing at all; False if it was busy, or was not asked
+    is_silent = False
+
+    def __init__(self, seconds: float, what: str, is_outcome_unknown: bool = False) -> None:
+        super().__init__(seconds, what)
+        self.seconds = seconds
+        self.what = what
+        self.is_outcome_unknown = is_outcome_unknown
+
+    def __str__(self) -> str:
+        return f"the deadline of {self.seconds:g} s has passed: {self.what}"
 
 
 class ConfigurationError(ValueError):
     """A setting of the middleware is wrong.
 
-    :param parameter: the constructor's parameter, ``"engine_options"``.
-    :param problem: the rest of the sentence, ``"must be a whole number, got 'ten'."``
-    :param key: the key inside of the parameter where it is a dict, ``"pool_size"``.
+    :param parameter: the parameter of the constructor, such as ``"engine_options"``.
+    :param problem: the rest of the sentence, such as ``"must be a whole number, got 'ten'."``
+    :param key: the key, such as ``"pool_size"``, if the parameter is a dict.
     """
 
     def __init__(self, parameter: str, problem: str, key: str | None = None) -> None:
@@ -41,28 +94,28 @@ class ConfigurationError(ValueError):
         return f"{name} {self.problem}"
 
     def renamed(self, names: Mapping[str, str], place: str) -> ConfigurationError:
-        """The same error in the words of an ini file.
+        """Return this error with the name that the setting has in an ini file.
 
-        :param names: parameter -> the ini's key; one that ends in ``.`` is a prefix of the parameter's keys, which
-            after any other follow with a dot.
-        :param place: where the settings were found, ``" in shop.ini"``, or an empty string.
+        :param names: maps each parameter to its ini key. The error's ``key`` is appended to the ini key, with a dot
+            unless the ini key ends in one.
+        :param place: where the settings were found, such as ``" in shop.ini"``, or an empty string.
         """
         name = names.get(self.parameter, self.parameter)
         if self.key is not None:
             name += self.key if name.endswith(".") else f".{self.key}"
         elif name.endswith("."):
-            name += "*"  # All of them together.
+            name += "*"  # The error is about all keys with this prefix.
         return ConfigurationError(f"{name!r}{place}", self.problem)
 
 
 def shown(value: object) -> str:
-    """What was found, as an error shows it: a URL in a wrong place may have a password in it, and is not repeated."""
+    """Return ``value`` as an error shows it. What contains a URL is not shown, because that may hold a password."""
     text = repr(value)
-    # What only has a URL, as an Engine or an application, hides the password by itself.
+    # An Engine or an application has a URL in its repr() as well, but without the password.
     return "a URL" if isinstance(value, Collection) and "://" in text else text
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'pool_size'?"`` for a misspelt name, or a full stop where nothing is near."""
+    """Return the end of a message: ``"; did you mean 'pool_size'?"``, or ``"."`` if no known name is similar."""
     matches = get_close_matches(name, known, n=1)
     return f"; did you mean {matches[0]!r}?" if matches else "."

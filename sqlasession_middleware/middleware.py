@@ -12,8 +12,8 @@ closed when the response is closed; what was not committed is rolled back.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextvars import Token
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
@@ -22,27 +22,49 @@ from sqlalchemy import Engine, MetaData
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
-from .binds import DEFAULT, read_binds
+from ._database.binds import DEFAULT, read_binds
+from ._database.cookie import ReadYourWritesCookie
+from ._database.deadlines import limit_nested, limit_waits
+from ._database.engines import EngineSource
+from ._database.forks import checking
+from ._database.lazy_begin import begin_lazily
+from ._database.liveness import PING_AFTER
+from ._database.observers import observe_nested
+from ._database.replicas import Replicas, read_replicas
+from ._database.routing import Routing
+from ._database.schema import TablesOf, create_tables, drop_tables, metadata, tables_by_key, warn_of_no_tables
+from ._lifecycle.context import ScopeContext
+from ._lifecycle.deadline import with_deadline
+from ._lifecycle.ending import finish
+from ._lifecycle.in_use import refuse_to_wait
+from ._lifecycle.response import ListScopeIterator, respond, respond_joined
+from ._lifecycle.stream import end_with_call
+from ._scope.deadline import limited
+from ._scope.scope import ENDED, RUNNING, WAITING, Scope, current, outwards
+from ._sessions.classes import session_class_for
+from ._sessions.routed_scope import RoutedScope
+from ._sessions.routing_sessions import session_maker
+from ._settings.arguments import read_metadata, read_session_options, read_streams, wrap
+from ._settings.checks import (
+    check_application,
+    check_boolean,
+    check_deadline,
+    check_seconds,
+    check_seconds_or_none,
+    resolve_option,
+)
+from ._settings.ini import ini_names, ini_place, read_settings
+from ._wsgi.file_wrapper import call_with_file_wrapper
 from .capacity import Capacity
-from .closing import ListScopeIterator, ScopeContext, finish, respond, respond_joined
-from .context import ENDED, RUNNING, WAITING, Scope, current
-from .engines import EngineSource
-from .errors import ConfigurationError, nearest, shown
-from .files import call_with_file_wrapper
-from .forks import checking
+from .errors import ConfigurationError
 from .leaks import note_checkouts, reporting
-from .marks import Marker
-from .replicas import Replicas, read_replicas
-from .routing import RoutedScope, Routing
-from .schema import TablesOf, create_tables, drop_tables, metadata, tables_by_key, warn_of_no_tables
-from .sessions import session_class_for
-from .settings import SESSION_OPTIONS, check_seconds, check_types, copy_options, ini_names, ini_place, read_settings
 from .transaction import TransactionMiddleware
 from .unavailable import UnavailableMiddleware
-from .watch import watch_inner
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from .failures import Failure
 
 __all__ = ["SQLASessionMiddleware"]
 
@@ -52,27 +74,44 @@ class SQLASessionMiddleware:
 
     :param app: any WSGI application.
     :param bind: the database: a URL string, a :class:`~sqlalchemy.engine.URL`, or an
-        :class:`~sqlalchemy.engine.Engine` that is used as it is and never disposed of.
-    :param binds: further databases by their bind keys: what ``bind`` takes, or a dict of engine options with ``url``.
-        See :mod:`sqlasession_middleware.binds`.
-    :param replicas: of ``bind``, for requests that only read: each as one of ``binds``, with ``engine_options`` where
-        it has none of its own.
-    :param engine_options: of :func:`sqlalchemy.create_engine`.
-    :param session_options: of :class:`sqlalchemy.orm.Session`; ``class_`` is the Session class itself.
-    :param metadata: the tables for :meth:`init_database`; or several, such as one for each bind key.
+        :class:`~sqlalchemy.engine.Engine`, which is used as it is and never disposed of.
+    :param binds: further databases by their bind keys. Each is given like ``bind``, or as a dict of engine options with
+        ``url``. See :doc:`binds`.
+    :param replicas: replicas of ``bind``, for requests that only read. Each is given like one of ``binds``; options
+        that it does not set are those of ``engine_options``.
+    :param engine_options: the options of :func:`sqlalchemy.create_engine`.
+    :param session_options: the options of :class:`sqlalchemy.orm.Session`; ``class_`` is the Session class itself.
+    :param metadata: the :class:`~sqlalchemy.MetaData` for :meth:`init_database`, or several, such as one for each bind
+        key.
     :param transaction: commit on success: True, or a dict of the options of
         :class:`~sqlasession_middleware.transaction.TransactionMiddleware`.
-    :param unavailable: answer 503 where the database is out of reach: True, or a dict of the options of
+    :param unavailable: answer 503 when the database is out of reach: True, or a dict of the options of
         :class:`~sqlasession_middleware.unavailable.UnavailableMiddleware`.
-    :param streams: content types of responses that hold no connection between two chunks, as ``text/event-stream``
-        does not between two events.
-    :param read_your_writes: seconds for which a client that has written does not read from a replica of which it is not
-        known whether it has the write.
-    :param replica_retry: seconds after which a replica that was out of reach is tried again.
-    :param report_leaks: log the connections that a request took and did not give back:
+    :param streams: the content types of responses that hold no connection between two chunks. Responses of the type
+        ``text/event-stream`` never hold one between two events.
+    :param read_your_writes: how many seconds a client that has written does not read from a replica, unless the replica
+        is known to have the write.
+    :param replica_retry: after how many seconds a replica that was out of reach is tried again.
+    :param ping_after: how many seconds a connection may be idle before it is pinged; 0 pings it at each use, None never
+        because of the time. Applies to each engine that is created here, unless its options have ``pool_pre_ping``. See
+        :doc:`engines`.
+    :param report_leaks: log the connections that a request took and did not give back. See
         :mod:`sqlasession_middleware.leaks`.
-    :raises ConfigurationError: if a setting is wrong. The database is not contacted for that.
+    :param lazy_begin: send BEGIN together with the first statement that needs it. None does so on the engines that the
+        middleware creates, True on those that are given as well, False on none. See :doc:`waits`.
+    :param deadline: the seconds after which no request waits for its databases any more; or a callable of environ that
+        returns them, or its dotted name. None is no limit. See :doc:`deadlines`.
+    :raises ConfigurationError: if a setting is wrong. The database is not contacted to find that out.
     """
+
+    #: Chooses the engine of each statement; None if there is only one engine.
+    routing: Routing | None = None
+    #: Set by an UnavailableMiddleware inside: whether it answers a failure of the database.
+    answers_503: Callable[[WSGIEnvironment, Failure | None], bool] | None = None
+    #: The class of the scopes of requests.
+    _new_scope: type[Scope] = Scope
+    #: The class of the scopes of :meth:`context`.
+    context_scope: type[Scope] = Scope
 
     def __init__(
         self,
@@ -89,35 +128,39 @@ class SQLASessionMiddleware:
         streams: Collection[str] = (),
         read_your_writes: float = 5.0,
         replica_retry: float = 10.0,
+        ping_after: float | None = PING_AFTER,
         report_leaks: bool = False,
+        lazy_begin: bool | None = None,
+        deadline: float | Callable[[WSGIEnvironment], float | None] | str | None = None,
     ) -> None:
-        if not callable(app):
-            raise ConfigurationError("app", f"must be a WSGI application, a callable, got {type(app).__name__}.")
+        check_application(app)
         self.app = app
-        #: all metadata with tables of the application, of which :attr:`metadata` is the first
-        self.collections = _read_metadata(metadata)
+        #: All metadata that was given; :attr:`metadata` is the first.
+        self.collections = read_metadata(metadata)
         self.metadata = self.collections[0]
         self._source = EngineSource(bind, engine_options)
-        self._session_class, self._session_options = _read_session_options(session_options)
+        self._session_class, self._session_options = read_session_options(session_options)
         check_seconds("read_your_writes", read_your_writes)
         check_seconds("replica_retry", replica_retry)
         if binds or replicas:
             self._route(binds, replicas, engine_options, read_your_writes, replica_retry)
-        self.streams = _read_streams(streams)
-        if not isinstance(report_leaks, bool):
-            raise ConfigurationError("report_leaks", f"must be true or false, got {shown(report_leaks)}.")
+        check_seconds_or_none("ping_after", ping_after)
+        for source in self._sources():
+            source.ping_after = ping_after
+        self.streams = read_streams(streams)
+        check_boolean("report_leaks", report_leaks)
         if report_leaks:
             self._report_leaks()
-        # Inside of the scope, and in this order: a failure is answered only after the last attempt.
-        app = _wrap("transaction", TransactionMiddleware, app, transaction)
-        self._inner = _wrap("unavailable", UnavailableMiddleware, app, unavailable)
-
-    #: which engine a statement goes to; None where there is only one
-    routing: Routing | None = None
-    #: what a request's scope is made of
-    _new_scope: type[Scope] = Scope
-    #: and that of a context
-    context_scope: type[Scope] = Scope
+        if lazy_begin is not None:
+            check_boolean("lazy_begin", lazy_begin)
+        for source in self._sources():
+            if lazy_begin or (lazy_begin is None and not source.given):
+                source.on_creation(begin_lazily)
+        # UnavailableMiddleware is outermost: it answers a failure only after the last attempt of a transaction.
+        app = wrap("transaction", TransactionMiddleware, app, transaction)
+        self._inner = wrap("unavailable", UnavailableMiddleware, app, unavailable)
+        if deadline is not None:
+            self._limit_requests(deadline)
 
     def _route(self, binds: Any, replicas: Any, engine_options: Any, read_your_writes: Any, replica_retry: Any) -> None:
         sources = read_binds(binds or {})
@@ -126,15 +169,25 @@ class SQLASessionMiddleware:
             if self._session_options.get("twophase"):
                 problem = "cannot be used with replicas: no replica can prepare a transaction."
                 raise ConfigurationError("session_options", problem, "twophase")
-            marker = Marker(self._source.url, read_your_writes)
-            balanced = Replicas(read_replicas(replicas, self._source, engine_options), marker, replica_retry)
+            cookie = ReadYourWritesCookie(self._source.url, read_your_writes)
+            balanced = Replicas(read_replicas(replicas, self._source, engine_options), cookie, replica_retry)
             self._new_scope = RoutedScope
         self.routing = Routing(self._source, sources, balanced)
 
     def _report_leaks(self) -> None:
         self._new_scope, self.context_scope = reporting(self._new_scope), reporting(self.context_scope)
         for source in self._sources():
-            source.when_made(note_checkouts)
+            source.on_creation(note_checkouts)
+
+    def _limit_requests(self, deadline: Any) -> None:
+        if callable(deadline) or isinstance(deadline, str):
+            deadline = resolve_option("deadline", deadline)
+        else:
+            check_deadline(deadline)
+        self._new_scope = limited(self._new_scope)
+        self._inner = with_deadline(self._inner, deadline)
+        for source in self._sources():
+            source.on_creation(limit_waits)
 
     def _sources(self) -> list[EngineSource]:
         return [self._source, *(() if self.routing is None else self.routing.sources())]
@@ -143,10 +196,10 @@ class SQLASessionMiddleware:
     def from_config(cls, app: WSGIApplication, config: Mapping[str, str], prefix: str = "sqlalchemy.") -> Self:
         """Build the middleware from an ini section.
 
-        :param config: a flat mapping of strings: ``sqlalchemy.url``, other ``sqlalchemy.*`` keys as
-            :func:`sqlalchemy.engine_from_config` takes them, ``session.*`` and ``metadata``.
-        :param prefix: what the engine's keys begin with.
-        :raises ConfigurationError: if a key is missing, unknown or wrong; it names the key and the file.
+        :param config: a flat mapping of strings with the keys of :doc:`ini`: ``sqlalchemy.*`` as
+            :func:`sqlalchemy.engine_from_config` takes them, ``session.*``, ``metadata`` and others.
+        :param prefix: the prefix of the engine's keys.
+        :raises ConfigurationError: if a key is missing, unknown or wrong. The error names the key and the file.
         """
         arguments = read_settings(config, prefix)
         try:
@@ -156,18 +209,14 @@ class SQLASessionMiddleware:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         outer = current.get(None)
-        if outer is not None:
-            if not isinstance(outer, Scope):
-                outer = outer or None
-            elif outer.state is WAITING or outer.state is ENDED:
-                # What a request left there that is between two steps, or over: it did not call this one.
-                outer = None
-            else:
-                joined = self._open_scope_of(environ)
-                if joined is not None:
-                    return self._join(joined, environ, start_response)
-                watch_inner(self)
-        # As begin() does for other scopes: here a call would be felt.
+        # A scope that has ended, or waits for its next step, did not call this: its context was copied in its step.
+        if outer is not None and isinstance(outer, Scope) and outer.state is not WAITING and outer.state is not ENDED:
+            joined = self._open_scope_of(environ)
+            if joined is not None:
+                return self._join(joined, environ, start_response)
+            observe_nested(self)
+            limit_nested(self)
+        # This repeats begin(), because a function call for each request costs measurable time.
         scope = self._new_scope(application=self)
         scope.owner = self
         scope.environ = environ
@@ -181,36 +230,30 @@ class SQLASessionMiddleware:
             else:
                 body, is_file = self._inner(environ, scope.start), False
             kind = type(body)
+            if scope.session is not None and not is_file:
+                end_with_call(scope, body, kind)
         except BaseException as error:
-            try:
-                finish(scope, error=error)
-            finally:
-                current.reset(token)
+            _finish_and_reset(scope, token, error)
             raise
         if is_file:
-            try:
-                finish(scope)
-            finally:
-                current.reset(token)
+            _finish_and_reset(scope, token)
             return body
+        # Nothing on the Local may lead to the response, or a server that drops it would never free it.
         scope.state = WAITING
-        if kind is list or kind is tuple:
-            current.reset(token)
-            return ListScopeIterator(body, scope)
-        # A scope waits on the Local for its next step, unless somebody who is not waiting wants his own back.
-        current.set(outer or scope)
-        return respond(body, scope)
+        current.reset(token)
+        return ListScopeIterator(body, scope) if kind is list or kind is tuple else respond(body, scope)
 
     def _open_scope_of(self, environ: WSGIEnvironment) -> Scope | None:
-        """This application's scope for the same request, if the present call comes from inside of it."""
-        scope = current.get(None)
-        while isinstance(scope, Scope) and scope.environ is environ:
+        """Find this application's scope of the same request, if the request passes this middleware a second time."""
+        for scope in outwards(current.get(None)):
+            if scope.environ is not environ:
+                break
             if scope.owner is self:
                 return scope
-            scope = scope.token.old_value
         return None
 
     def _join(self, scope: Scope, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Call the application in ``scope``, which is open already and ends later."""
         before = current.get()
         if before is scope:
             return self.app(environ, start_response)
@@ -221,8 +264,12 @@ class SQLASessionMiddleware:
             current.set(before)
         return body if is_file else respond_joined(body, scope)
 
-    def context(self) -> ScopeContext:
-        """This application's scope outside of a request: in scripts, shells, workers and tests.
+    def context(self, *, deadline: float | None = None) -> ScopeContext:
+        """Open a scope of this application outside of a request: in scripts, shells, workers and tests.
+
+        :param deadline: the seconds after which it waits for its databases no more. The application's own ``deadline``
+            is one of requests, and does not apply.
+        :raises ConfigurationError: if ``deadline`` is no number above 0.
 
         .. code-block:: python
 
@@ -230,53 +277,71 @@ class SQLASessionMiddleware:
                 session.add(Guest(name="Ada"))
                 session.commit()
         """
-        return ScopeContext(self)
+        if deadline is None:
+            return ScopeContext(self, self.context_scope)
+        check_deadline(deadline)
+        return ScopeContext(self, limited(self.context_scope), deadline)
 
     @property
     def engine(self) -> Engine:
-        """The engine, made at first use."""
+        """The engine. It is created at first use."""
         return self._source.engine
 
     @property
     def database_engine(self) -> Engine:
-        """The engine, by the name that Werkzeug's pattern gave it."""
+        """The engine, under the name that it has in Werkzeug's pattern."""
         return self._source.engine
 
     @property
     def engines(self) -> Mapping[str, Engine]:
-        """All engines by name: ``"default"``, the bind keys, and ``"replicas[0]"`` and so on."""
+        """All engines by name: ``"default"``, the bind keys, ``"replicas[0]"`` and so on."""
         routing = self.routing
         return MappingProxyType({DEFAULT: self._source.engine} if routing is None else routing.all_engines())
 
     @cached_property
     def new_session(self) -> Callable[..., Session]:
-        """Makes a Session of this application that belongs to no scope: the caller closes it.
+        """Create a Session outside of any scope. The caller has to close it.
 
-        It takes options of the Session, over the application's ``session_options``.
+        Keyword arguments are options of the Session, and override the application's ``session_options``.
+        """
+        return self._session_maker()
+
+    def _session_maker(
+        self, derive: Callable[[type[Session]], type[Session]] = lambda base: base
+    ) -> Callable[..., Session]:
+        """Return a function that makes Sessions as :attr:`new_session` does.
+
+        :param derive: is called with each Session class of the application, and returns the class to use instead.
         """
         engine = self._source.engine
         routing = self.routing
         if routing is None:
-            session_class = session_class_for([engine.dialect.name], self._session_class)
-            return checking(partial(session_class, bind=engine, **self._session_options))
-        return checking(routing.session_maker(self._session_class, self._session_options))
+            session_class = session_class_for([engine.dialect], self._session_class)
+            return checking(partial(derive(session_class), bind=engine, **self._session_options))
+        return checking(session_maker(routing, self._session_class, self._session_options, derive))
 
     def init_database(self) -> None:
-        """Create the tables that are not there yet, each on the engine that it belongs to. Needs no scope.
+        """Create the tables that do not exist yet, each on its own engine. No scope is needed.
 
-        :warns UserWarning: if there are no tables, most likely because no module with models was imported yet.
-        :raises UnboundExecutionError: if a table's bind key is not one of ``binds``. Nothing was created then.
+        All workers of a server may do so at the same moment: see :doc:`deployment`.
+
+        :warns UserWarning: if the metadata has no tables, usually because no module with models was imported yet.
+        :raises UnboundExecutionError: if the bind key of a table is not in ``binds``; then nothing is created.
         """
         warn_of_no_tables(self.collections)
         for engine, tables in self._placed_tables():
             create_tables(engine, *tables)
 
     def drop_database(self) -> None:
-        """Drop the tables, each from the engine that it belongs to. Needs no scope.
+        """Drop the tables, each on its own engine. No scope is needed.
 
-        :raises UnboundExecutionError: if a table's bind key is not one of ``binds``. Nothing was dropped then.
+        :raises UnboundExecutionError: if the bind key of a table is not in ``binds``; then nothing is dropped.
+        :raises ScopeError: if it would wait for a response that is not closed, for a context around the call, or for an
+            ``isolated()`` block. The error names it.
         """
-        for engine, tables in self._placed_tables():
+        placed = self._placed_tables()
+        refuse_to_wait({engine for engine, _ in placed})
+        for engine, tables in placed:
             drop_tables(engine, *tables)
 
     def _placed_tables(self) -> list[tuple[Engine, TablesOf]]:
@@ -287,21 +352,21 @@ class SQLASessionMiddleware:
         ]
 
     def capacity(self, processes: int = 1, threads: int = 1) -> Capacity:
-        """How many connections a deployment of this application can open.
+        """Compute how many connections a deployment of this application can open.
 
-        :param processes: that serve it.
-        :param threads: of each process; greenlets count likewise.
+        :param processes: the processes that serve it.
+        :param threads: the threads, or greenlets, of each process.
         """
         return Capacity.of(self.engines, processes, threads)
 
     def dispose(self) -> None:
-        """Close the connections that are idle in the pools. An engine that was given is left alone."""
+        """Close the idle connections of the pools. An Engine that was given is not touched."""
         self._source.dispose()
         if self.routing is not None:
             self.routing.dispose()
 
     def without_secrets(self, text: str) -> str:
-        """``text``, such as what a driver says, with stars for all that may be a password of an engine."""
+        """Replace the passwords of all engines in ``text``, such as a driver's error message, by stars."""
         for source in self._sources():
             text = source.without_secrets(text)
         return text
@@ -310,69 +375,9 @@ class SQLASessionMiddleware:
         return f"<{type(self).__name__} of {self.app!r} on {self._source!r}>"
 
 
-def _read_metadata(given: Any) -> tuple[MetaData, ...]:
-    collections = tuple(given) if isinstance(given, list | tuple) and given else (given,)
-    for each in collections:
-        if not isinstance(each, MetaData):
-            raise ConfigurationError(
-                "metadata",
-                f"must be a MetaData, such as a declarative Base.metadata, or several, got {type(each).__name__}.",
-            )
-    return collections
-
-
-def _wrap(parameter: str, wrapper: Callable[..., WSGIApplication], app: WSGIApplication, options: Any) -> Any:
-    """``app`` in a middleware, if its options are not false."""
-    if not isinstance(options, bool | Mapping):
-        raise ConfigurationError(parameter, f"must be true, false or a dict of options, got {type(options).__name__}.")
-    if options is False:
-        return app
-    options = {} if options is True else options
-    known = [name for name in inspect.signature(wrapper).parameters if name != "app"]
-    for name in options:
-        if name not in known:
-            raise ConfigurationError(parameter, f"is not an option{nearest(str(name), known)}", name)
+def _finish_and_reset(scope: Scope, token: Token[dict[str, Any]], error: BaseException | None = None) -> None:
+    """End a request that has no further steps."""
     try:
-        return wrapper(app, **options)
-    except ConfigurationError as error:
-        raise ConfigurationError(parameter, error.problem, error.parameter) from error.__cause__
-
-
-def _read_streams(content_types: Any) -> frozenset[str]:
-    if isinstance(content_types, str) or not isinstance(content_types, Collection):
-        raise ConfigurationError("streams", f"must be a list of content types, got {shown(content_types)}.")
-    for each in content_types:
-        if not isinstance(each, str) or each.count("/") != 1 or ";" in each:
-            raise ConfigurationError("streams", f"must hold content types such as 'text/csv', got {shown(each)}.")
-    return frozenset(each.strip().lower() for each in content_types)
-
-
-def _read_session_options(options: Mapping[str, Any] | None) -> tuple[type[Session], dict[str, Any]]:
-    if options is None:
-        return Session, {}
-    if not isinstance(options, Mapping):
-        raise ConfigurationError("session_options", f"must be a dict, got {type(options).__name__}.")
-    check_types("session_options", options, SESSION_OPTIONS)
-    kept = {name: copy_options(value) for name, value in options.items()}
-    session_class = kept.pop("class_", Session)
-    if not (isinstance(session_class, type) and issubclass(session_class, Session)):
-        raise ConfigurationError(
-            "session_options", f"must be a subclass of Session, got {shown(session_class)}.", "class_"
-        )
-    parameters = inspect.signature(session_class).parameters
-    for name in kept:
-        if not isinstance(name, str):
-            raise ConfigurationError("session_options", f"must have names as keys, got {shown(name)}.")
-        if name in ("bind", "binds"):
-            raise ConfigurationError("session_options", "is for the middleware to set: give it as 'bind'.", name)
-        if name not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-            raise ConfigurationError(
-                "session_options", f"is not an option of {session_class.__name__}{nearest(name, parameters)}", name
-            )
-    if session_class is Session:
-        try:
-            Session(**kept)  # Opens nothing; a class of the user's own may do anything, and is not tried.
-        except Exception as error:
-            said = "got a URL." if "://" in str(error) else error
-            raise ConfigurationError("session_options", f"are refused by Session: {said}") from None
-    return session_class, kept
+        finish(scope, error=error)
+    finally:
+        current.reset(token)

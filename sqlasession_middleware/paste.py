@@ -1,4 +1,4 @@
-"""PasteDeploy's way to the middleware: ``use = egg:sqlasession_middleware``.
+"""The filters for PasteDeploy: ``use = egg:sqlasession_middleware``.
 
 .. code-block:: ini
 
@@ -6,7 +6,7 @@
     use = egg:sqlasession_middleware
     sqlalchemy.url = sqlite:///%(here)s/shop.db
 
-Nothing here imports PasteDeploy: it calls, and hands over strings.
+PasteDeploy calls these functions with strings. This module does not import it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
+from ._settings.ini import PLACE_KEYS, ini_place, read_options
+from ._settings.kinds import Kind
+from ._settings.options import HEALTH_OPTIONS, TRANSACTION_OPTIONS, UNAVAILABLE_OPTIONS
 from .errors import ConfigurationError
+from .health import HealthMiddleware
 from .middleware import SQLASessionMiddleware
-from .settings import TRANSACTION_OPTIONS, UNAVAILABLE_OPTIONS, Kind, ini_place, read_options
 from .transaction import TransactionMiddleware
 from .unavailable import UnavailableMiddleware
 
@@ -27,40 +30,42 @@ if TYPE_CHECKING:
 
 Middleware = TypeVar("Middleware")
 
-__all__ = ["collected", "main", "transaction", "unavailable"]
+__all__ = ["collected", "health", "main", "transaction", "unavailable"]
 
-_made: ContextVar[list[SQLASessionMiddleware] | None] = ContextVar("sqlasession_middleware.made", default=None)
+_collection: ContextVar[list[SQLASessionMiddleware] | None] = ContextVar(
+    "sqlasession_middleware.collection", default=None
+)
 
 
 def main(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> SQLASessionMiddleware:
     """The ``paste.filter_app_factory`` named ``main``.
 
-    :param global_conf: the ini's defaults, of which only ``here`` and ``__file__`` are used.
-    :param settings: the section's own keys.
+    :param global_conf: the default values of the ini file. Only ``here`` and ``__file__`` are used.
+    :param settings: the keys of the section.
     """
-    place = {key: global_conf[key] for key in ("here", "__file__") if key in global_conf}
-    made = SQLASessionMiddleware.from_config(app, {**place, **settings})
-    collection = _made.get()
+    place = {key: global_conf[key] for key in PLACE_KEYS if key in global_conf}
+    middleware = SQLASessionMiddleware.from_config(app, {**place, **settings})
+    collection = _collection.get()
     if collection is not None:
-        collection.append(made)
-    return made
+        collection.append(middleware)
+    return middleware
 
 
 @contextmanager
 def collected() -> Iterator[list[SQLASessionMiddleware]]:
-    """Gives the list of the middleware that :func:`main` makes inside of the block, wherever in an ini they are."""
+    """Collect what :func:`main` makes inside the block, wherever in an ini file it is used."""
     collection: list[SQLASessionMiddleware] = []
-    token = _made.set(collection)
+    token = _collection.set(collection)
     try:
         yield collection
     finally:
-        _made.reset(token)
+        _collection.reset(token)
 
 
 def transaction(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> TransactionMiddleware:
     """The ``paste.filter_app_factory`` named ``transaction``.
 
-    :param settings: the options of :class:`TransactionMiddleware`, without a prefix.
+    :param settings: the options of :class:`.TransactionMiddleware`, without a prefix.
     """
     return _make(TransactionMiddleware, app, settings, TRANSACTION_OPTIONS, ini_place(global_conf))
 
@@ -68,9 +73,17 @@ def transaction(app: WSGIApplication, global_conf: Mapping[str, str], **settings
 def unavailable(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> UnavailableMiddleware:
     """The ``paste.filter_app_factory`` named ``unavailable``.
 
-    :param settings: the options of :class:`UnavailableMiddleware`, without a prefix.
+    :param settings: the options of :class:`.UnavailableMiddleware`, without a prefix.
     """
     return _make(UnavailableMiddleware, app, settings, UNAVAILABLE_OPTIONS, ini_place(global_conf))
+
+
+def health(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> HealthMiddleware:
+    """The ``paste.filter_app_factory`` named ``health``.
+
+    :param settings: the options of :class:`.HealthMiddleware`; ``application`` by its dotted name.
+    """
+    return _make(HealthMiddleware, app, settings, HEALTH_OPTIONS, ini_place(global_conf))
 
 
 def _make(
@@ -80,6 +93,11 @@ def _make(
     kinds: Mapping[str, Kind],
     place: str,
 ) -> Middleware:
+    """Make a middleware of a section of its own. Errors name the key and the file.
+
+    :param kinds: the table of its options.
+    :param place: the result of :func:`ini_place`.
+    """
     options = read_options(settings, kinds, place)
     try:
         return middleware(app, **options)

@@ -1,4 +1,4 @@
-"""pytest's fixtures of :mod:`sqlasession_middleware.testing`; they do nothing unless a test asks for them."""
+"""A pytest plugin: fixtures for :mod:`sqlasession_middleware.testing`, and the ini option ``sqlasession_leaks``."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import pytest
 if TYPE_CHECKING:
     from .middleware import SQLASessionMiddleware
 
-# The library is imported by what is used: this module is loaded by every pytest of the environment.
+# Every pytest run in the environment loads this module. The fixtures import what they need when they are used.
 
 LEAKS = "sqlasession_leaks"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The ini option."""
+    """Add the ini option ``sqlasession_leaks``."""
     parser.addini(LEAKS, "fail tests that leave a connection checked out of its pool", type="bool", default=False)
 
 
 @pytest.fixture
 def sqlasession_app() -> SQLASessionMiddleware:
-    """The application under test: a fixture of this name in a ``conftest.py`` gives it."""
+    """The application under test. Override this fixture in a ``conftest.py``."""
     raise pytest.UsageError("define a fixture 'sqlasession_app' that returns the SQLASessionMiddleware to test.")
 
 
 @pytest.fixture
 def isolated_app(sqlasession_app: Any) -> Iterator[SQLASessionMiddleware]:
-    """The application of ``sqlasession_app``, isolated: what the test stores is gone after it."""
+    """The application of ``sqlasession_app``, in an :func:`~sqlasession_middleware.testing.isolated` block."""
     from .testing import isolated
 
     with isolated(sqlasession_app):
@@ -37,7 +37,7 @@ def isolated_app(sqlasession_app: Any) -> Iterator[SQLASessionMiddleware]:
 
 @pytest.fixture
 def assert_queries() -> Any:
-    """:func:`sqlasession_middleware.testing.assert_queries`."""
+    """The function :func:`sqlasession_middleware.testing.assert_queries`."""
     from .testing import assert_queries
 
     return assert_queries

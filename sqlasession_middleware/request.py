@@ -1,4 +1,4 @@
-"""A WebOb request that knows its session.
+"""A WebOb request with attributes and methods for its session.
 
 .. code-block:: python
 
@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 from uuid import UUID
 
@@ -20,11 +21,13 @@ from sqlalchemy.exc import NoResultFound
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
-from ._webob import HTTPNotFound
-from ._webob import Request as WebObRequest
-from .binds import key_of_mapper
-from .context import application
-from .sessions import session
+from ._database.binds import key_of_mapper
+from ._dependencies import current_object
+from ._drivers.registry import driver_by_dialect
+from ._scope.local import application
+from ._sessions.registry import session
+from ._wsgi.webob import HTTPNotFound
+from ._wsgi.webob import Request as WebObRequest
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
@@ -35,15 +38,37 @@ __all__ = ["DatabaseRequest", "Request"]
 
 Entity = TypeVar("Entity")
 
+#: The exception that a framework renders as its 404, by the top package of the framework's request class. A framework
+#: renders the exceptions of others as a 500.
+_NOT_FOUND: Mapping[str, str] = {
+    "django": "django.http:Http404",
+    "pyramid": "pyramid.httpexceptions:HTTPNotFound",
+    "werkzeug": "werkzeug.exceptions:NotFound",
+}
+
 
 class DatabaseRequest:
-    """A mixin for requests that are made from an environ, as WebOb's and Pyramid's are."""
+    """A mixin for request classes with an ``environ``, such as those of WebOb, Pyramid, Werkzeug, Flask and Django."""
 
     environ: dict[str, Any]
+    #: The class of the exception that :meth:`get_or_404` and :meth:`one_or_404` raise. It is called with one argument,
+    #: a text. The default is the 404 of the framework whose request class this mixin is combined with: Pyramid's,
+    #: Werkzeug's (which is Flask's) or Django's, otherwise WebOb's. Set it for other frameworks.
+    not_found_exception: type[Exception] = HTTPNotFound
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.not_found_exception is not DatabaseRequest.not_found_exception:
+            return  # This class, or one of its bases, has set it.
+        for base in cls.__mro__:
+            name = _NOT_FOUND.get(base.__module__.partition(".")[0])
+            if name is not None:
+                cls.not_found_exception = resolve_name(name)
+                return
 
     @property
     def dbsession(self) -> Session:
-        """The scope's Session, by the name that Pyramid's cookiecutters gave it. Opened at first use.
+        """The scope's Session, opened at first use. Pyramid's cookiecutters use this name.
 
         :raises ScopeError: outside of a scope.
         """
@@ -55,21 +80,21 @@ class DatabaseRequest:
 
         :raises RuntimeError: outside of a scope.
         """
-        return cast("SQLASessionMiddleware", application._get_current_object())  # type: ignore[attr-defined]
+        return cast("SQLASessionMiddleware", current_object(application))
 
     @property
     def attempt(self) -> int:
-        """The number of the attempt at this request, from 1; see :doc:`transactions`."""
+        """The number of this attempt at the request, starting at 1; see :doc:`transactions`."""
         return int(self.environ.get("sqlasession.attempt", 1))
 
     def get_or_404(self, entity: type[Entity], ident: Any, **options: Any) -> Entity:
-        """The object with a primary key.
+        """Return the object with the given primary key.
 
-        :param ident: the key, a tuple or dict where it has several columns. A text, as it comes from a URL, may stand
-            for a whole number or a UUID; None, and what cannot be a key, is not found, and the database is not asked
-            for it.
-        :param options: of :meth:`sqlalchemy.orm.Session.get`.
-        :raises webob.exc.HTTPNotFound: if there is none.
+        :param ident: the key; a tuple or dict if the key has several columns. A string, as found in a URL, is converted
+            to an integer or a UUID where the column has one. The database is not queried for None, nor for a value that
+            the column cannot hold: there is no such object.
+        :param options: passed to :meth:`sqlalchemy.orm.Session.get`.
+        :raises Exception: :attr:`not_found_exception`, if there is no such object.
         """
         owner = self.application
         routing = getattr(owner, "routing", None)
@@ -88,49 +113,48 @@ class DatabaseRequest:
         else:
             found = self.dbsession.get(entity, key, **options)
         if found is None:
-            raise HTTPNotFound(f"There is no {entity.__name__.lower()} of that key.")
+            raise self.not_found_exception(f"There is no {entity.__name__.lower()} with that key.")
         return found
 
-    # As SQLAlchemy 2.0 types statements, and as 2.1 does.
+    # The first overload is for the types of SQLAlchemy 2.0, the second one for those of 2.1.
     @overload
     def one_or_404(self, statement: Select[tuple[Entity]]) -> Entity: ...
     @overload
     def one_or_404(self, statement: Select[Entity]) -> Entity: ...  # type: ignore[type-var, unused-ignore]
     def one_or_404(self, statement: Any) -> Any:
-        """The only result of a statement.
+        """Return the only result of a statement.
 
-        :raises webob.exc.HTTPNotFound: if there is none.
-        :raises sqlalchemy.exc.MultipleResultsFound: if there are several: that is no matter of the client's.
+        :raises Exception: :attr:`not_found_exception`, if there is no result.
+        :raises sqlalchemy.exc.MultipleResultsFound: if there are several. This is not an error of the client.
         """
         try:
             return self.dbsession.scalars(statement).unique().one()
         except NoResultFound:
-            raise HTTPNotFound("There is nothing of that kind.") from None
+            raise self.not_found_exception("There is no such object.") from None
 
 
 class Request(DatabaseRequest, WebObRequest):
-    """WebOb's request, with the mixin."""
+    """:class:`webob.request.Request` with the attributes and methods of :class:`DatabaseRequest`."""
 
 
-#: How many bits a server's integers have beside the sign. SQLite's have 63 whatever they are called, and MySQL and
-#: MariaDB have some without a sign, and know that no row has a number that is too large.
+#: The number of bits of an integer, not counting the sign, for servers where it depends on the type.
 _BITS: Sequence[tuple[type[Any], int]] = ((SmallInteger, 15), (BigInteger, 63), (Integer, 31))
-_BITS_OF_ALL = {"sqlite": 63, "mysql": 64, "mariadb": 64}
 
 
 def _read(part: Any, declared: TypeEngine[Any], dialect: Dialect) -> Any:
-    """A part of a key, as its column has it.
+    """Convert a part of a key to the type of its column.
 
     :raises ValueError: if no row can have it: some databases would fail the transaction for the question, and others
         find a row of another key.
-    :raises TypeError: likewise.
+    :raises TypeError: if it is of another type than the column.
     """
-    kind = declared.dialect_impl(dialect)  # with_variant() may have given this database another one.
+    kind = declared.dialect_impl(dialect)  # with_variant() may set another type for this database.
     if part is None:
         raise ValueError
     if isinstance(kind, Integer):
         number = int(part) if isinstance(part, str) else index(part)
-        bits = _BITS_OF_ALL.get(dialect.name) or next(bits for integer, bits in _BITS if isinstance(kind, integer))
+        bits = driver_by_dialect[type(dialect)].server.integer_bits
+        bits = bits or next(bits for integer, bits in _BITS if isinstance(kind, integer))
         if not -(1 << bits) <= number < 1 << bits:
             raise ValueError
         return number
@@ -145,7 +169,7 @@ def _read(part: Any, declared: TypeEngine[Any], dialect: Dialect) -> Any:
 
 
 def _read_text(part: Any, dialect: Dialect) -> str:
-    if not isinstance(part, str) or ("\0" in part and dialect.name == "postgresql"):
+    if not isinstance(part, str) or ("\0" in part and not driver_by_dialect[type(dialect)].server.accepts_nul):
         raise ValueError
-    part.encode()  # What is no Unicode cannot be sent.
+    part.encode()  # A text with lone surrogates cannot be sent.
     return part

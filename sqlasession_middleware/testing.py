@@ -1,4 +1,4 @@
-"""For the tests of applications: nothing that a test stores stays, and what it asks of the database can be counted.
+"""Helpers for the tests of applications: roll back a test's changes, count its statements, find its leaks.
 
 .. code-block:: python
 
@@ -6,122 +6,166 @@
         client.post("/guests", data={"name": "Ada"})  # commits
         with assert_queries(1):
             assert "Ada" in client.get("/guests").text
-    # and is gone
+    # "Ada" was rolled back.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import Pool
+from sqlalchemy.util import immutabledict
 
-from .drivers import begin_writing
-from .leaks import Checkouts, lasting
+from ._database.observers import commits_each_statement
+from ._database.read_only import read_only_engines
+from ._scope.scope import running_scope
+from ._sessions.isolated_connection import TRANSACTION_STATEMENT, IsolatedConnection
+from .leaks import Checkouts, exempt_connections
 from .middleware import SQLASessionMiddleware
-from .watch import is_in_autocommit, read_only
 
 __all__ = ["assert_queries", "isolated", "no_leaks"]
 
 
 @contextmanager
 def isolated(*applications: SQLASessionMiddleware) -> Iterator[None]:
-    """Run requests and contexts inside of one transaction per engine, which is rolled back at the end.
+    """Run requests and contexts in one transaction per engine, which is rolled back at the end of the block.
 
-    The application commits as it likes, ``transaction=True`` included: each commit is that of a savepoint, and later
-    requests see it. Replicas are read from the primary's transaction. Tables have to be there before, and what works on
-    ``app.engine`` by itself is outside. The isolation level is the engine's, and nothing is committed in two phases.
-    All sessions of an engine share one connection, so requests have to come one at a time: a server that is tested is
-    best given one thread.
+    The application commits as usual, also with ``transaction=True``: each commit releases a savepoint, and later
+    requests see its changes. Deferred constraints are checked where a COMMIT would check them. Statements for a replica
+    run in the primary's transaction. Create the tables before the block. Code that uses ``app.engine`` directly is not
+    isolated. The isolation level is that of the engine, and two-phase commit is off.
 
-    It may be nested: what an inner block stores is gone at its end, what the outer one has stored stays until its own.
+    All sessions of an engine share one connection. They may end in any order, and none undoes the commits of another,
+    but only one of them at a time can have uncommitted changes. Give a server under test a single thread.
 
-    :param applications: several share a transaction where they share an Engine.
+    Blocks may be nested: the inner one rolls back its own changes and keeps those of the outer one.
+
+    :param applications: the applications to isolate. Those that share an Engine share its transaction.
+    :raises IsolationError: if a session begins while another one has uncommitted changes. The error names the request
+        or context of the other one.
     """
     with ExitStack() as stack:
         isolation = _Isolation(stack)
         for application in applications:
             stack.callback(_restore, application, vars(application).get("new_session"))
-            vars(application)["new_session"] = isolation.maker(application)
+            vars(application)["new_session"] = _IsolatedSessionMaker(application, isolation)
         yield
 
 
-#: the connections of all that are isolated at the moment
-_isolating: WeakSet[Connection] = WeakSet()
+class _IsolatedSession(Session):
+    """A mixin for the application's Session class, which takes the connections from an isolation."""
+
+    #: set by :meth:`_IsolatedSessionMaker.derive`, in a subclass for each application in each isolation
+    _isolated_by: _IsolatedSessionMaker
+    #: how errors describe this Session
+    _isolated_owner: str
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.twophase = False  # A savepoint cannot be prepared.
+        if getattr(self, "execution_options", None):  # since SQLAlchemy 2.1
+            self.execution_options = immutabledict(_without_level(self.execution_options))
+        self._isolated_owner = self._isolated_by.describe_owner()
+
+    def get_bind(self, *arguments: Any, **options: Any) -> Any:
+        """Return the isolation's connection to the engine that the application's class chooses."""
+        return self._isolated_by.isolate(self, super().get_bind(*arguments, **options))
+
+    def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
+        """Return the isolation's connection. SQLAlchemy does not call get_bind() if ``bind_arguments`` have a bind."""
+        options = _without_level(execution_options or {})
+        bind = (bind_arguments or {}).get("bind")
+        if bind is not None:
+            bind_arguments = {**bind_arguments, "bind": self._isolated_by.isolate(self, bind)}
+            if isinstance(bind, Engine) and bind in read_only_engines:
+                # Bypasses RoutingSession.connection(), which treats any use of a primary's connection as a write.
+                return Session.connection(self, bind_arguments, options or None)
+        return super().connection(bind_arguments=bind_arguments, execution_options=options or None)
+
+
+def _without_level(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the execution options that can be set after a transaction has begun."""
+    return {name: value for name, value in options.items() if name != "isolation_level"}
+
+
+class _IsolatedSessionMaker:
+    """Replaces the ``new_session`` of one application during one isolation."""
+
+    def __init__(self, application: SQLASessionMiddleware, isolation: _Isolation) -> None:
+        self._isolation = isolation
+        self._application = repr(application)
+        self._default = application.engine
+        #: the maker of the outer isolation, if the application is already isolated
+        self._outer = vars(application).get("new_session")
+        self._make = partial(application._session_maker(self.derive), join_transaction_mode="create_savepoint")
+
+    def __call__(self, **options: Any) -> Session:
+        return self._make(**options)
+
+    def derive(self, base: type[Session]) -> type[Session]:
+        """Return an isolated subclass of ``base``. SQLAlchemy propagates the events of ``base`` to it."""
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_isolated_by": self}
+        return type(base.__name__, (_IsolatedSession, base), names)
+
+    def describe_owner(self) -> str:
+        """Describe the request or context that is making a Session, for errors."""
+        scope = running_scope()
+        if scope is None:
+            return f"a session of {self._application}"
+        environ = scope.environ
+        if environ is None:
+            return f"a context of {self._application}"
+        return f"the request {environ.get('REQUEST_METHOD')} {environ.get('PATH_INFO')!r} of {self._application}"
+
+    def isolate(self, session: Session, bind: Any) -> Any:
+        """Return the isolation's connection to an engine, for a Session. Any other bind is returned unchanged."""
+        if isinstance(bind, Engine):
+            bind = self._connection(self._default if bind in read_only_engines else bind)
+        elif isinstance(bind, IsolatedConnection):
+            self._isolation.nest(bind)
+        if isinstance(bind, IsolatedConnection):
+            bind.serve(session)
+        return bind
+
+    def _connection(self, engine: Engine) -> IsolatedConnection:
+        connection = self._isolation.connections.get(engine)
+        if connection is not None:
+            return connection
+        if isinstance(self._outer, _IsolatedSessionMaker):
+            return self._isolation.nest(self._outer._connection(engine))
+        return self._isolation.connect(engine)
 
 
 class _Isolation:
-    """The connections of an isolated test, and their transactions."""
+    """The connections of one ``with isolated(…):`` block. Its exit stack rolls back and closes them."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self._connections: dict[Engine, Connection] = {}
+        self.connections: dict[Engine, IsolatedConnection] = {}
 
-    def maker(self, application: SQLASessionMiddleware) -> Callable[..., Session]:
-        """Makes Sessions of the application, on the test's connections."""
-        make, default = application.new_session, application.engine
-
-        def make_isolated(**options: Any) -> Session:
-            made = make(**{"join_transaction_mode": "create_savepoint", **options})
-            made.twophase = False
-            choose, connect = made.get_bind, made.connection
-
-            def get_bind(*arguments: Any, **more: Any) -> Any:
-                bind = choose(*arguments, **more)
-                if isinstance(bind, Engine):
-                    return self._connection(default if bind in read_only else bind)
-                if bind in _isolating:
-                    self._nest(bind)
-                return bind
-
-            def connection(
-                bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None
-            ) -> Connection:
-                options = dict(execution_options or {})
-                options.pop("isolation_level", None)  # The transaction has begun, with the one that it has.
-                bind = (bind_arguments or {}).get("bind")
-                if isinstance(bind, Engine) and bind in read_only:  # It was chosen to be read from.
-                    arguments = {**bind_arguments, "bind": self._connection(default)}
-                    return Session.connection(made, arguments, options or None)
-                if isinstance(bind, Engine):
-                    bind_arguments = {**bind_arguments, "bind": self._connection(bind)}
-                return connect(bind_arguments=bind_arguments, execution_options=options or None)
-
-            made.get_bind = get_bind  # type: ignore[method-assign]
-            made.connection = connection  # type: ignore[method-assign]
-            return made
-
-        return make_isolated
-
-    def _connection(self, engine: Engine) -> Connection:
-        connection = self._connections.get(engine)
-        if connection is None:
-            connection = self._connections[engine] = self._stack.enter_context(_connect(engine))
-            self._stack.callback(connection.begin().rollback)
-            if engine.dialect.name == "sqlite":
-                begin_writing(connection, always=True)  # Else the driver would commit the first savepoint.
-            _isolating.add(connection)
+    def connect(self, engine: Engine) -> IsolatedConnection:
+        """Open a connection, and begin a transaction on it."""
+        connection = IsolatedConnection(engine)
+        self._stack.enter_context(connection)
+        exempt_connections.add(connection.connection)
+        if commits_each_statement(connection):
+            # Autocommit leaves nothing to roll back.
+            connection.execution_options(isolation_level=connection.default_isolation_level)
+        self.connections[engine] = connection
+        self._stack.callback(connection.begin_isolation())
         return connection
 
-    def _nest(self, connection: Connection) -> None:
-        """Be a part of another isolation, which goes on after this one."""
-        if connection.engine not in self._connections:
-            self._connections[connection.engine] = connection
-            self._stack.callback(connection.begin_nested().rollback)
-
-
-def _connect(engine: Engine) -> Connection:
-    connection = engine.connect()
-    lasting.add(connection.connection)
-    if is_in_autocommit(connection):
-        # Nothing could be rolled back there.
-        connection.execution_options(isolation_level=connection.default_isolation_level)
-    return connection
+    def nest(self, connection: IsolatedConnection) -> IsolatedConnection:
+        """Begin a savepoint on a connection of the outer isolation, unless this isolation already has one there."""
+        if connection.engine not in self.connections:
+            self._stack.callback(connection.begin_block("an isolated() block"))
+            self.connections[connection.engine] = connection
+        return connection
 
 
 def _restore(application: SQLASessionMiddleware, make: Callable[..., Session] | None) -> None:
@@ -131,25 +175,20 @@ def _restore(application: SQLASessionMiddleware, make: Callable[..., Session] | 
         vars(application)["new_session"] = make
 
 
-#: What SQLAlchemy, this library, and who begins SQLite's transactions by hand, send as a statement.
-_OF_TRANSACTIONS = re.compile(
-    r"BEGIN( \w+)*$|COMMIT\b|ROLLBACK\b|SAVEPOINT\b|RELEASE SAVEPOINT\b|PREPARE TRANSACTION\b|XA ", re.IGNORECASE
-)
-
-
 @contextmanager
 def assert_queries(count: int) -> Iterator[list[str]]:
-    """Check how many statements the block sends to databases, of all engines.
+    """Check how many statements the block sends to the databases of all engines.
 
-    Gives the list of them, which grows. What a transaction needs by itself (BEGIN, COMMIT, savepoints, two phases) is
-    not counted.
+    Yields the list of these statements, which grows while the block runs. Statements that begin or end a transaction
+    (BEGIN, COMMIT, ROLLBACK, those for savepoints and for two phases) are not counted.
 
-    :raises AssertionError: if there were more or fewer; it shows them.
+    :param count: the expected number.
+    :raises AssertionError: if the number differs; the message shows the statements.
     """
     statements: list[str] = []
 
     def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool) -> None:
-        if _OF_TRANSACTIONS.match(statement) is None:
+        if not (getattr(connection, "is_internal", False) or TRANSACTION_STATEMENT.match(statement)):
             statements.append(statement)
 
     event.listen(Engine, "before_cursor_execute", note)
@@ -159,14 +198,14 @@ def assert_queries(count: int) -> Iterator[list[str]]:
         event.remove(Engine, "before_cursor_execute", note)
     if len(statements) != count:
         shown = "".join(f"\n{number}. {statement}" for number, statement in enumerate(statements, 1))
-        raise AssertionError(f"{count} statements were expected, and {len(statements)} were sent:{shown or ' none'}")
+        raise AssertionError(f"expected {count} statements, but {len(statements)} were sent:{shown or ' none'}")
 
 
 @contextmanager
 def no_leaks() -> Iterator[None]:
-    """Check that every connection that is taken from a pool in the block is given back in it.
+    """Check that each connection that the block checks out of a pool is returned before the block ends.
 
-    :raises AssertionError: if one is not; it shows where that was taken.
+    :raises AssertionError: if one is not returned; the message shows the stack that checked it out.
     """
     checkouts = Checkouts()
     event.listen(Pool, "checkout", checkouts.note)
@@ -177,4 +216,6 @@ def no_leaks() -> Iterator[None]:
     stacks = checkouts.stacks()
     if stacks:
         places = "\n\n".join(stacks)
-        raise AssertionError(f"{len(stacks)} connections were taken and not given back. Taken here:\n\n{places}")
+        raise AssertionError(
+            f"{len(stacks)} connections were checked out and not returned. Checked out here:\n\n{places}"
+        )

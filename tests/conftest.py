@@ -1,60 +1,63 @@
-"""Databases to test on, and a plain word at the end about which of them were."""
+"""Fixtures: a database to test on, and isolation between tests."""
 
 from __future__ import annotations
 
-import os
+import functools
+import gc
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
 
 import pytest
 from hypothesis import HealthCheck, settings
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine
 
-from sqlasession_middleware.context import NOTHING, current
+from sqlasession_middleware import SQLASessionMiddleware
+from sqlasession_middleware._database import watchdog
+from sqlasession_middleware._scope.scope import NOTHING, current
 
-#: Where the tests look for a server; a URL in the environment comes first.
-SERVERS = {
-    "postgresql": os.environ.get("TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test"),
-    "mariadb": os.environ.get("TEST_MARIADB_URL", "mariadb+pymysql://root@127.0.0.1:3306/test"),
-}
-DATABASES = ("sqlite", *SERVERS)
+from .databases import DATABASES, DATABASES_SEEN, SERVERS
 
-# No test is timed: a busy machine is slow, and not wrong.
+__all__ = ["DATABASES", "DATABASES_SEEN", "SERVERS"]
+
+# Hypothesis has no time limits, because a busy machine is slow.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 
-@dataclass
-class Databases:
-    """Which databases answer, asked once per run."""
-
-    ran: set[str] = field(default_factory=set)
-    missing: dict[str, str] = field(default_factory=dict)
-    answered: set[str] = field(default_factory=set)
-
-    def url(self, name: str, sqlite_url: str) -> str:
-        if name == "sqlite":
-            self.ran.add(name)
-            return sqlite_url
-        if name not in self.missing and name not in self.answered:
-            engine = create_engine(SERVERS[name])
-            try:
-                with engine.connect() as connection:
-                    connection.execute(text("SELECT 1"))
-                self.answered.add(name)
-            except Exception as error:
-                self.missing[name] = str(error).splitlines()[0]
-            finally:
-                engine.dispose()
-        if name in self.missing:
-            if os.environ.get("CI"):
-                pytest.fail(f"{name} is not reachable and CI is set: {self.missing[name]}")
-            pytest.skip(f"{name} is not reachable")
-        self.ran.add(name)
-        return SERVERS[name]
+@pytest.fixture(autouse=True, scope="session")
+def measured_threads() -> None:
+    """Where coverage is measured, start the thread of deadlines by a module whose threads are measured."""
+    if sys.gettrace() is not None:
+        watchdog._start_thread = lambda call: threading.Thread(target=call, daemon=True).start()
 
 
-DATABASES_SEEN = Databases()
+@pytest.fixture
+def disposes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Dispose of the engines of all applications that a test makes: Python tells of connections that are not closed."""
+    made: WeakSet[SQLASessionMiddleware] = WeakSet()
+    initialize = SQLASessionMiddleware.__init__
+
+    def note(self: SQLASessionMiddleware, *arguments: Any, **options: Any) -> None:
+        initialize(self, *arguments, **options)
+        made.add(self)
+
+    monkeypatch.setattr(SQLASessionMiddleware, "__init__", functools.wraps(initialize)(note))
+    yield
+    for app in list(made):
+        for source in app._sources():
+            if source.given:
+                source.engine.dispose()
+        app.dispose()
+    if sys.version_info >= (3, 13):
+        # Since then sqlite3 tells of a connection that is collected open, such as that of a creator or an Engine of the
+        # test's own. It would tell in whichever test comes later.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 @pytest.fixture
@@ -73,30 +76,21 @@ def sqlite_engine(sqlite_url) -> Iterator[Engine]:
 
 @pytest.fixture(params=DATABASES)
 def database_url(request, sqlite_url) -> str:
-    """The URL of each database in turn. The database is shared: a test cleans up its tables."""
+    """The URL of each database in turn. The tests share it: each cleans up its tables."""
     return DATABASES_SEEN.url(request.param, sqlite_url)
 
 
 @pytest.fixture(params=tuple(SERVERS))
 def server_url(request, sqlite_url) -> str:
-    """The URL of each database server in turn, for what SQLite cannot show."""
+    """The URL of each database server in turn, for tests that SQLite does not support."""
     return DATABASES_SEEN.url(request.param, sqlite_url)
 
 
 @pytest.fixture(autouse=True)
 def clean_local() -> Iterator[None]:
-    """Every test begins with an empty Local, and leaves one behind."""
+    """Every test begins with an empty Local, and has to leave it empty."""
     current.set(NOTHING)
     yield
     left = dict(current.get(NOTHING))
     current.set(NOTHING)
     assert not left, f"left on the Local: {left}"
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.section("databases")
-    for name in DATABASES:
-        if name in DATABASES_SEEN.missing:
-            terminalreporter.line(f"{name}: NOT tested, not reachable: {DATABASES_SEEN.missing[name]}")
-        else:
-            terminalreporter.line(f"{name}: {'tested' if name in DATABASES_SEEN.ran else 'not used by these tests'}")

@@ -31,7 +31,7 @@ from sqlasession_middleware import application, local, session
 
 #: What ``/file`` sends.
 FILE = Path(__file__)
-#: The applications that ``application`` stood for, one for each look at it.
+#: The applications that ``application`` referred to, one for each access.
 seen: list[Any] = []
 
 
@@ -40,7 +40,7 @@ class Base(DeclarativeBase):
 
 
 class Guest(Base):
-    # The database servers are shared with whatever other tests are running.
+    # Other test runs may share the database servers.
     __tablename__ = f"framework_guests_{uuid4().hex[:8]}"
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -48,7 +48,7 @@ class Guest(Base):
 
 
 class BrokenError(Exception):
-    """What the views raise."""
+    """The error that the views raise."""
 
 
 def names() -> str:
@@ -275,7 +275,7 @@ urlpatterns = [django.urls.path("<path:path>", lambda request, path: django_view
 
 
 def of_django(propagate: bool) -> Any:
-    # Django's settings are the process's. Nothing is asked of its own database layer.
+    # Django's settings apply to the whole process. Its own database layer is not used.
     if not settings.configured:
         settings.configure(ALLOWED_HOSTS=["*"], SECRET_KEY="x", LOGGING_CONFIG=None, MIDDLEWARE=[], USE_TZ=True)
         django.setup()

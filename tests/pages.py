@@ -1,14 +1,14 @@
-"""Runs what the documentation's pages show, as their reader would: files are written, commands typed, outputs compared.
+"""Runs the examples of the documentation's pages as a reader would: writes files, runs commands, compares outputs.
 
-Each page has a folder of its own, in which it begins.
+Each page has a folder of its own as its working directory.
 
-A block with a ``:caption:`` is a file of that name, in the folder in which the page's commands are by then.
+A block with a ``:caption:`` is a file of that name, in the folder that is current at that point.
 
-A ``console`` block has a command behind each ``$``, which has to exit with 0. If there are lines below it, they are
-what it has to say; ``...`` stands for anything, as in doctests. Behind ``>>>`` is what it is told. What ``cd`` and
-``export`` do lasts until the end of the page, and so does a server, unless the next one is started before.
+A ``console`` block has a command after each ``$``, which has to exit with 0. Lines below a command are the expected
+output; ``...`` stands for anything, as in doctests. The text after ``>>>`` is the input. The effects of ``cd`` and
+``export`` last until the end of the page, and so does a server, unless the page starts another one.
 
-The port 8080 is a free one in all of that.
+The port 8080 is replaced by a free port everywhere.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHOWN_PORT = "8080"
 #: Commands that run until they are stopped.
 SERVERS = ("sqlasession serve", "gunicorn", "waitress-serve")
 FLAGS = ELLIPSIS | NORMALIZE_WHITESPACE
-#: bash: what a command changes of its surroundings is there for the next one.
+#: bash: changes to environment and folder persist.
 IN_THE_SAME_SHELL = """
 [ ! -e "$STATE" ] || . "$STATE"
 cd "$PWD"
@@ -52,7 +52,7 @@ run_python = PythonEvaluator()
 
 
 class Page:
-    """The folder of a page, and the shell that is open in it."""
+    """The folder of a page, and the state of its shell."""
 
     def __init__(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="page-")).resolve()
@@ -60,7 +60,7 @@ class Page:
         self.folder.mkdir()
         self.server: subprocess.Popen[str] | None = None
         self.port = str(free_port())
-        # This pytest's own settings are not the reader's, and curl's progress is not shown on a terminal.
+        # A reader does not have pytest's own settings, and on a terminal curl does not show its progress.
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
         self.environment.update(
             PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
@@ -79,10 +79,10 @@ class Page:
     def type(self, command: str, shown: str) -> str | None:
         """Run a command.
 
-        :returns: what is wrong with what came of it.
+        :returns: a description of the problem; None if there is none.
         """
         said = "".join(re.findall(r"^>>> (.*\n)", shown, re.MULTILINE))
-        # What is typed is not echoed by a pipe.
+        # Input through a pipe is not echoed.
         expected = Expected(command, re.sub(r"^>>> .*\n", ">>> ", shown, flags=re.MULTILINE))
         is_server = command.startswith(SERVERS)
         if is_server:
@@ -133,7 +133,7 @@ def page_of(example: Example) -> Page:
 
 
 def close_page(namespace: dict[str, Any]) -> None:
-    """Sybil's teardown."""
+    """Stop the page's server and remove its folder: Sybil's teardown."""
     page = namespace.get("_page")
     if page is not None:
         page.stop()
@@ -141,13 +141,13 @@ def close_page(namespace: dict[str, Any]) -> None:
 
 
 def evaluate_python(example: Example) -> None:
-    """Write a file, or run it."""
+    """Write a file if the block has a caption; otherwise run the block."""
     if not write_file(example):
         run_python(example)
 
 
 def write_file(example: Example) -> bool:
-    """Write a file, if the block has a name."""
+    """Write a file, if the block has a caption."""
     name = example.region.lexemes["options"].get("caption")
     if name:
         page_of(example).write(name, example.parsed)
@@ -155,13 +155,13 @@ def write_file(example: Example) -> bool:
 
 
 def evaluate_file(example: Example) -> None:
-    """Write a file, if the block has a name; it is not to be run."""
+    """Write a file, if the block has a caption. The block is not run."""
     write_file(example)
 
 
 def evaluate_ini(example: Example) -> None:
-    """Write a file, if the block has a name. Otherwise load it: ``app`` is its application, and ``applications`` are
-    the middleware that ``egg:sqlasession_middleware`` stands for in it."""
+    """Write a file, if the block has a caption. Otherwise load it: ``app`` is its application, and ``applications`` are
+    the middleware of its sections with ``egg:sqlasession_middleware``."""
     if write_file(example):
         return
     path = page_of(example).write("shop.ini", example.parsed)

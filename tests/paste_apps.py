@@ -1,4 +1,4 @@
-"""What the ini files of the tests name: an application, a way to mount several, and some objects to import."""
+"""Factories and objects that the tests' ini files refer to: applications, a composite of several, a session class."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ no_tables = MetaData()
 
 
 class SpecialSession(Session):
-    """A session class to be named in an ini file."""
+    """A session class that an ini file refers to."""
 
 
 def guest_book(global_conf: Any, **settings: str) -> Any:
-    """A ``paste.app_factory``: the path is a name to write down, the response all names so far."""
+    """A ``paste.app_factory``: stores the path as a name, and responds with all names."""
 
     def serve(environ: Any, start_response: Any) -> Iterable[bytes]:
         name = environ["PATH_INFO"].strip("/")
@@ -39,12 +39,12 @@ def guest_book(global_conf: Any, **settings: str) -> Any:
 
 
 def veto_guests(environ: Any, status: str, headers: Any) -> bool:
-    """A commit veto that an ini can name."""
+    """A commit veto that an ini file refers to."""
     return bool(environ["PATH_INFO"] == "/vetoed")
 
 
 def uncommitted_book(global_conf: Any, **settings: str) -> Any:
-    """A ``paste.app_factory``: as :func:`guest_book`, but it leaves the commit to others, and fails where told to."""
+    """A ``paste.app_factory``: like :func:`guest_book`, but it does not commit, and fails at some paths."""
 
     def serve(environ: Any, start_response: Any) -> Iterable[bytes]:
         name = environ["PATH_INFO"].strip("/")
@@ -68,10 +68,10 @@ def mount(loader: Any, global_conf: Any, **mounts: str) -> Any:
 
 
 def exits(global_conf: Any, **settings: str) -> Any:
-    """A ``paste.app_factory`` that thinks that it is a program."""
+    """A ``paste.app_factory`` that exits, as a program does."""
     raise SystemExit(0)
 
 
 def breaks(global_conf: Any, **settings: str) -> Any:
-    """A ``paste.app_factory`` that fails, and shows its URL."""
-    raise ValueError("mysql://me:my/secret:word@db/shop")  # SQLAlchemy takes such a password.
+    """A ``paste.app_factory`` that fails with an error that shows a URL."""
+    raise ValueError("mysql://me:my/secret:word@db/shop")  # SQLAlchemy accepts this password.

@@ -1,4 +1,4 @@
-"""Reads the documentation's pages as docutils does, for the tests that hold the pages to the code."""
+"""Reads the documentation's pages with docutils, for the tests that compare the pages with the code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def read_page(name: str) -> nodes.document:
-    """A page of docs/. Sphinx's own directives and roles are errors to docutils, and of no interest."""
+    """Parse a page of docs/. Errors are ignored, because docutils does not know Sphinx's directives and roles."""
     source = (DOCS / f"{name}.rst").read_text(encoding="utf-8")
     return publish_doctree(source, settings_overrides={"report_level": 5, "halt_level": 6})
 

@@ -34,7 +34,7 @@ from sqlalchemy.sql.expression import true
 from sqlalchemy.sql.functions import FunctionElement
 
 from sqlasession_middleware import SQLASessionMiddleware, session
-from sqlasession_middleware.binds import key_of_mapper, key_of_statement
+from sqlasession_middleware._database.binds import key_of_mapper, key_of_statement
 from sqlasession_middleware.errors import ConfigurationError
 
 from .wsgi import assert_given_back, consume, environ, start_response
@@ -393,7 +393,7 @@ MISTAKES = {
     "no name": ({"": "sqlite://"}, r"binds must have names as keys, got ''\."),
     "URL as a name": ({"sqlite://u:secret@h": "sqlite://"}, r"binds must have names as keys, got a URL\."),
     "number": ({7: "sqlite://"}, r"binds must have names as keys, got 7\."),
-    "default": ({"default": "sqlite://"}, r"binds\['default'\] is the engine of everything without a bind key"),
+    "default": ({"default": "sqlite://"}, r"binds\['default'\] is reserved for tables without a bind key"),
     "no URL": ({"audit": {"echo": True}}, r"binds\['audit'\]\['url'\] is missing"),
     "bad URL": ({"audit": "nothing"}, r"binds\['audit'\] must be a database URL"),
     "bad URL in a dict": ({"audit": {"url": "nothing"}}, r"binds\['audit'\]\['url'\] must be a database URL"),
@@ -401,7 +401,7 @@ MISTAKES = {
     "wrong type": ({"audit": {"url": "sqlite://", "echo": 7}}, r"binds\['audit'\]\['echo'\] must be true, false"),
     "type": ({"audit": 7}, r"binds\['audit'\] must be a URL string, a URL or an Engine, got int\."),
     "given engine with options": (
-        {"audit": {"url": create_engine("sqlite://"), "echo": True}}, r"binds\['audit'\] cannot change an Engine",
+        {"audit": {"url": create_engine("sqlite://"), "echo": True}}, r"binds\['audit'\] cannot be applied to an exist",
     ),
     "driver": ({"audit": "postgresql+nonsense://x:secret@h/d"}, r"binds\['audit'\] names the driver 'nonsense'"),
 }  # fmt: skip
@@ -442,9 +442,9 @@ INI_MISTAKES = {
     "sqlalchemy.binds.audit.pool_size": ("x", "'sqlalchemy.binds.audit.pool_size' in shop.ini must be a whole number"),
     "sqlalchemy.binds.audit.url": ("nothing", "'sqlalchemy.binds.audit.url' in shop.ini must be a database URL"),
     "sqlalchemy.binds.more.echo": ("true", "'sqlalchemy.binds.more.url' in shop.ini is missing"),
-    "sqlalchemy.binds.default.url": ("sqlite://", "'sqlalchemy.binds.default' in shop.ini is the engine of everything"),
+    "sqlalchemy.binds.default.url": ("sqlite://", "'sqlalchemy.binds.default' in shop.ini is reserved for tables"),
     "sqlalchemy.binds.audit.poolclass": (
-        "sqlite://u:secret@h", "'sqlalchemy.binds.audit.poolclass' in shop.ini must be the dotted name of something",
+        "sqlite://u:secret@h", "'sqlalchemy.binds.audit.poolclass' in shop.ini must be the dotted name of an",
     ),
     "sqlalchemy.binds.audit": ("sqlite://", "'sqlalchemy.binds.audit' in shop.ini must be sqlalchemy.binds.NAME.url"),
     "metadata": ("tests.test_binds:nothing", "'metadata' in shop.ini must be dotted names"),

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from sqlalchemy import URL, NullPool, create_engine, inspect, make_url, text
 
-from sqlasession_middleware import cli
-from sqlasession_middleware.capacity import servers_of
+from sqlasession_middleware import SQLASessionMiddleware
+from sqlasession_middleware._command import survey, wait
+from sqlasession_middleware._command.server import Workers
+from sqlasession_middleware.capacity import MAX_CONNECTIONS, Limit, servers_of
 from sqlasession_middleware.cli import main
 
 from .conftest import DATABASES_SEEN
+from .conftest import SERVERS as SERVERS_SEEN
+from .integration.proxy import Proxy
 from .integration.servers import PATIENCE
 
 
@@ -98,17 +108,43 @@ def test_check_counts_for_each_host_that_a_url_names(ini):
     assert "\npostgresql://127.0.0.1:1: up to 3 connections; max_connections is " in done.stdout
 
 
+def test_survey_counts_an_engine_with_several_names_once(server_url):
+    engine = create_engine(server_url, pool_size=3, max_overflow=0)
+    app = SQLASessionMiddleware(lambda environ, start_response: [], engine, binds={"same": engine})
+    made = survey.make_survey([app], Workers(processes=2, threads=1))
+    engine.dispose()
+    assert [each.capacity.name for each in made.applications[0].engines] == ["default", "same"]
+    assert [each.connections for each in made.demands if each.limit.name == MAX_CONNECTIONS] == [6]
+    assert not made.has_problems
+
+
+@pytest.mark.parametrize("order", ["one first", "several first"])
+def test_survey_believes_a_url_with_one_host_about_its_limit(order):
+    """Whichever of several hosts has answered, the limit may be another one's."""
+    known, guessed = Limit(MAX_CONNECTIONS, 10), Limit(MAX_CONNECTIONS, 99)
+    added = [("a", known), ("b,a", guessed)]
+    demands = survey.Demands()
+    for hosts, limit in added if order == "one first" else reversed(added):
+        demands.add(create_engine(f"postgresql+psycopg:///shop?host={hosts}"), 5, [limit])
+    assert {each.server: (each.connections, each.limit) for each in demands} == {
+        "postgresql://a:5432": (10, known),
+        "postgresql://b:5432": (5, guessed),
+    }
+
+
+#: Two runs at the same time do not share it.
+ACCOUNT = f"sqlasession_{os.getpid()}"
 #: What gives an account two connections, what takes it away again, and what the limit is called.
 ACCOUNTS = {
     "postgresql": (
-        "CREATE ROLE sqlasession_limited LOGIN CONNECTION LIMIT 2 PASSWORD 'limited'",
-        "DROP ROLE IF EXISTS sqlasession_limited",
-        "CONNECTION LIMIT of the role sqlasession_limited",
+        f"CREATE ROLE {ACCOUNT} LOGIN CONNECTION LIMIT 2 PASSWORD 'limited'",
+        f"DROP ROLE IF EXISTS {ACCOUNT}",
+        f"CONNECTION LIMIT of the role {ACCOUNT}",
     ),
     "mariadb": (
-        "CREATE USER sqlasession_limited IDENTIFIED BY 'limited' WITH MAX_USER_CONNECTIONS 2",
-        "DROP USER IF EXISTS sqlasession_limited",
-        "max_user_connections of sqlasession_limited@%",
+        f"CREATE USER {ACCOUNT} IDENTIFIED BY 'limited' WITH MAX_USER_CONNECTIONS 2",
+        f"DROP USER IF EXISTS {ACCOUNT}",
+        f"max_user_connections of {ACCOUNT}@%",
     ),
 }
 
@@ -121,7 +157,7 @@ def test_check_knows_the_limit_of_an_account(ini, name):
     with engine.connect() as connection:
         for statement in (drop, create):
             connection.exec_driver_sql(statement)
-    account = {"username": "sqlasession_limited", "password": "limited"}
+    account = {"username": ACCOUNT, "password": "limited"}
     database = url.database if name == "postgresql" else None  # It may use no database of MariaDB's.
     limited = URL.create(url.drivername, host=url.host, port=url.port, database=database, **account)
     try:
@@ -137,13 +173,13 @@ def test_check_knows_the_limit_of_an_account(ini, name):
 
 @pytest.mark.parametrize("driver", ["psycopg", "pymysql"])
 def test_check_does_not_wait_for_a_server_that_says_nothing(ini, monkeypatch, driver):
-    monkeypatch.setattr(cli, "PING_TIMEOUT", 0.5)
+    monkeypatch.setattr(survey, "PING_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         backend = "postgresql" if driver == "psycopg" else "mariadb"
         url = f"{backend}+{driver}://shop@127.0.0.1:{silent.getsockname()[1]}/shop"
         done = check(ini({"sqlalchemy.url": url}))
         assert done.exit_code == 1
-        assert "does not answer: it has said nothing for 0.5 seconds" in done.stderr
+        assert "does not answer: no response within 0.5 seconds" in done.stderr
 
 
 def test_check_of_what_is_out_of_reach(ini):
@@ -222,7 +258,7 @@ REFUSED = {
         lambda ini: ini({"sqlalchemy.url": "sqlite://"}, BREAKS) + "#breaks",
         "cannot be loaded: ValueError: mysql://me:***@db/shop",
     ),
-    "no ini": (lambda ini: __file__, f"error: {__file__} is no ini file: "),
+    "no ini": (lambda ini: __file__, f"error: {__file__} is not a valid ini file: "),
     "no such application": (
         lambda ini: ini({"sqlalchemy.url": "sqlite://"}) + "#lost",
         "cannot be loaded: LookupError",
@@ -241,23 +277,29 @@ REFUSED = {
     ),
     "lost value": (
         lambda ini: ini({"sqlalchemy.url": "sqlite://"}, "[server:main]\nworkers = %(lost)s"),
-        "is no ini file: 'workers' of [server:main] needs 'lost', which is nowhere.",
+        "is not a valid ini file: 'workers' of [server:main] refers to 'lost', which is not defined.",
     ),
     "single %": (
         lambda ini: ini({"sqlalchemy.url": "postgresql+psycopg://shop:p%40secret@db/shop"}),
-        "cannot be loaded: 'sqlalchemy.url' of [filter-app:main] has a '%' that begins no '%(name)s': write '%%'",
+        "cannot be loaded: 'sqlalchemy.url' of [filter-app:main] has a '%' that does not begin a '%(name)s':",
     ),
     "single % in the defaults": (
         lambda ini: ini({"sqlalchemy.url": "sqlite://"}, "[DEFAULT]\nurl = p%40secret\n[server:main]\nworkers = 1"),
-        "is no ini file: 'url' of [server:main] has a '%' that begins no '%(name)s': write '%%'",
+        "is not a valid ini file: 'url' of [server:main] has a '%' that does not begin a '%(name)s': write '%%'",
     ),
-    "no section": (written("sqlalchemy.url = mysql://:secret@db\n"), "is no ini file: line 1 stands before the first"),
-    "no value": (written("[main]\n//shop-secret@db\n"), "is no ini file: line 2 is no 'key = value'."),
-    "not UTF-8": (written("[main]\nkey = \N{POUND SIGN}\n", "latin-1"), "is no ini file: 'utf-8' codec"),
-    "a section twice": (written("[main]\n[main]\n"), "is no ini file: While reading from '/"),
+    "no section": (
+        written("sqlalchemy.url = mysql://:secret@db\n"),
+        "is not a valid ini file: line 1 precedes the first",
+    ),
+    "no value": (
+        written("[main]\n//shop-secret@db\n"),
+        "is not a valid ini file: line 2 is not of the form 'key = value'.",
+    ),
+    "not UTF-8": (written("[main]\nkey = \N{POUND SIGN}\n", "latin-1"), "is not a valid ini file: 'utf-8' codec"),
+    "a section twice": (written("[main]\n[main]\n"), "is not a valid ini file: While reading from '/"),
     "no middleware": (
         lambda ini: ini({"sqlalchemy.url": "sqlite://"}) + "#shop",
-        "error: no 'use = egg:sqlasession_mid",
+        " has no section with 'use = egg:sqlasession_mid",
     ),
 }
 
@@ -313,7 +355,7 @@ def test_create_and_drop(ini, tmp_path):
     assert tables(tmp_path) == ["guests"]
     assert command("create", path).exit_code == 0
     refused = command("drop", path, said="n\n")
-    assert (refused.exit_code, refused.stderr) == (1, "error: nothing was dropped.\n")
+    assert (refused.exit_code, refused.stderr) == (1, "error: aborted, no tables were dropped.\n")
     assert tables(tmp_path) == ["guests"]
     assert command("drop", path, said="y\n").exit_code == 0
     assert tables(tmp_path) == []
@@ -344,7 +386,7 @@ def test_drop_asks_and_nobody_answers(ini, tmp_path):
     command("create", path)
     done = command("drop", path)
     assert done.exit_code == 1
-    assert done.stderr.endswith("error: nothing was dropped.\n")
+    assert done.stderr.endswith("error: aborted, no tables were dropped.\n")
     assert tables(tmp_path) == ["guests"]
 
 
@@ -561,3 +603,249 @@ def test_serve_without_waitress(ini, monkeypatch):
     monkeypatch.setitem(sys.modules, "waitress.server", None)
     done = command("serve", ini(SETTINGS))
     assert (done.exit_code, done.stderr) == (1, "error: waitress is not installed: pip install waitress\n")
+
+
+# -- wait
+
+
+def waiting(*arguments: str) -> subprocess.Popen[str]:
+    """``sqlasession wait`` as a process of its own."""
+    script = "import sys; from sqlasession_middleware.cli import main; main(sys.argv[1:])"
+    started = [sys.executable, "-u", "-c", script, "wait", *arguments]
+    return subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+#: Where the servers listen, unless a URL says otherwise.
+PORTS = {"postgresql": 5432, "mariadb": 3306}
+
+
+def copy(source: socket.socket, target: socket.socket) -> None:
+    """Pass on what comes, until either end is closed."""
+    with suppress(OSError):
+        while data := source.recv(4096):
+            target.sendall(data)
+
+
+def url_for_ini(url: str | URL, **changed: Any) -> str:
+    return make_url(url).set(**changed).render_as_string(hide_password=False).replace("%", "%%")
+
+
+def test_wait_ends_when_all_engines_have_answered(ini, database_url, sqlite_url):
+    url = url_for_ini(database_url)
+    path = ini({"sqlalchemy.url": url, "sqlalchemy.replicas": url, "sqlalchemy.binds.audit.url": sqlite_url})
+    done = command("wait", path)
+    assert (done.exit_code, done.stderr) == (0, "")
+    said = sorted(re.fullmatch(r"(.+): answers after \d+\.\d s", line)[1] for line in done.stdout.splitlines())
+    assert said == ["audit", "default", "replicas[0]"]
+
+
+def test_wait_names_each_of_several_applications(ini):
+    more = (
+        "\n[filter-app:other]\npaste.filter_app_factory = sqlasession_middleware.paste:main\nnext = shop\n"
+        "sqlalchemy.url = sqlite://\n\n[composite:both]\nuse = egg:Paste#urlmap\n/ = main\n/other = other\n"
+    )
+    done = command("wait", f"{ini({'sqlalchemy.url': 'sqlite:///shop.db'}, more)}#both")
+    assert done.exit_code == 0, done.output
+    said = sorted(line.partition(": answers")[0] for line in done.stdout.splitlines())
+    assert said == ["application 1, default", "application 2, default"]
+
+
+@pytest.mark.parametrize("name", SERVERS_SEEN)
+def test_wait_sees_a_server_that_starts_late(ini, name):
+    url = make_url(DATABASES_SEEN.url(name, ""))
+    with Proxy(name, url.host, url.port or PORTS[name]) as proxy:
+        proxy.refuse()
+        late = url_for_ini(url, host=proxy.host, port=proxy.port)
+        path = ini({"sqlalchemy.url": url_for_ini(url), "sqlalchemy.binds.late.url": late})
+        with waiting(path, "--timeout", str(PATIENCE)) as process:
+            assert process.stdout is not None
+            said = [process.stdout.readline() for _ in range(2)]
+            proxy.accept()
+            output, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors) == (0, "")
+    default, refused = sorted(said)
+    assert default.startswith("default: answers after ")
+    assert re.match("late: .*[Rr]efused", refused)
+    assert re.fullmatch(r"late: answers after \d+\.\d s\n", output)
+
+
+@pytest.mark.parametrize("name", SERVERS_SEEN)
+def test_wait_sees_a_database_that_is_created_late(ini, name):
+    database = f"late_{os.getpid()}"
+    url = make_url(DATABASES_SEEN.url(name, ""))
+    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with (
+        engine.connect() as connection,
+        waiting(ini({"sqlalchemy.url": url_for_ini(url, database=database)}), "--timeout", str(PATIENCE)) as process,
+    ):
+        assert process.stdout is not None
+        assert re.match(f"default: .*{database}", process.stdout.readline())
+        connection.exec_driver_sql(f"CREATE DATABASE {database}")
+        try:
+            output, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            connection.exec_driver_sql(f"DROP DATABASE {database}")
+    assert (process.returncode, errors) == (0, "")
+    assert output.startswith("default: answers after ")
+
+
+SILENT = ["psycopg", "psycopg2", "pymysql", "mysqldb", "mariadbconnector"]
+
+
+@pytest.mark.parametrize("driver", SILENT)
+def test_wait_ends_in_time_when_a_server_says_nothing(ini, driver):
+    backend = "postgresql" if driver.startswith("psycopg") else "mariadb"
+    pytest.importorskip({"mysqldb": "MySQLdb", "mariadbconnector": "mariadb"}.get(driver, driver))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"{backend}+{driver}://shop:secret@127.0.0.1:{silent.getsockname()[1]}/shop"
+        path = ini({"sqlalchemy.url": url, "sqlalchemy.binds.same.url": url})
+        began = time.monotonic()
+        done = command("wait", path, "--timeout", "1")
+        seconds = time.monotonic() - began
+    assert done.exit_code == 1
+    assert 1 <= seconds < 2
+    assert sorted(done.stdout.splitlines()) == [
+        "default: no response within 1 seconds",
+        "same: no response within 1 seconds",
+    ]
+    assert done.stderr.count(" does not answer: no response within 1 seconds\n") == 2
+    assert "secret" not in done.output
+
+
+def test_wait_asks_again_who_was_silent(ini, monkeypatch):
+    """As a proxy is that listens before its server does."""
+    monkeypatch.setattr(wait, "TRY_TIMEOUT", 0.2)
+    url = make_url(DATABASES_SEEN.url("postgresql", ""))
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
+        port = silent.getsockname()[1]
+        path = ini({"sqlalchemy.url": url_for_ini(url, host="127.0.0.1", port=port)})
+        done = pool.submit(command, "wait", path, "--timeout", str(PATIENCE))
+        first, _ = silent.accept()
+        second, _ = silent.accept()
+        with first, second, socket.create_connection((url.host, url.port or 5432)) as server:
+            for ends in ((second, server), (server, second)):
+                threading.Thread(target=copy, args=ends, daemon=True).start()
+            result = done.result(PATIENCE)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("default: no response within 0.2 seconds\ndefault: answers after ")
+
+
+def test_wait_reaches_the_second_host_of_a_url_when_the_first_says_nothing(ini, monkeypatch):
+    monkeypatch.setattr(wait, "TRY_TIMEOUT", 1.0)
+    url = make_url(DATABASES_SEEN.url("postgresql", ""))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hosts = (f"127.0.0.1:{silent.getsockname()[1]}", f"{url.host}:{url.port or 5432}")
+        both = URL.create(url.drivername, url.username, url.password, database=url.database, query={"host": hosts})
+        done = command("wait", ini({"sqlalchemy.url": url_for_ini(both)}), "--timeout", str(PATIENCE))
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("default: no response within 1 seconds\ndefault: answers after ")
+
+
+@pytest.mark.parametrize("name", SERVERS_SEEN)
+def test_wait_goes_on_when_a_login_is_refused(ini, name):
+    """Another program may be about to create the account. What is wrong is said at once, once, and without secrets."""
+    url = url_for_ini(DATABASES_SEEN.url(name, ""), username="nobody_of_all", password="secret")
+    done = command("wait", ini({"sqlalchemy.url": url}), "--timeout", "1.5")
+    assert done.exit_code == 1
+    assert re.fullmatch(r"default: .*nobody_of_all.*\n", done.stdout)
+    assert re.fullmatch(r"error: default \(.+\) does not answer: .*nobody_of_all.*\n", done.stderr)
+    assert "secret" not in done.output
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "pymysql"])
+def test_wait_ends_at_once_when_the_driver_refuses_its_settings(ini, driver):
+    backend = "postgresql" if driver.startswith("psycopg") else "mariadb"
+    url = f"{backend}+{driver}://shop:secret@127.0.0.1:1/shop"
+    path = ini({"sqlalchemy.url": url, "sqlalchemy.connect_args.nonsense": "secret"})
+    done = command("wait", path, "--timeout", str(PATIENCE))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: default \(.+\) cannot be asked: .*nonsense.*\n", done.stderr)
+    assert "secret" not in done.output
+
+
+def test_wait_keeps_a_shorter_limit_of_the_application(ini):
+    limits = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"mariadb+pymysql://shop@127.0.0.1:{silent.getsockname()[1]}/shop"
+        for limit in ("1", "600", "soon"):
+            path = ini({"sqlalchemy.url": url, "sqlalchemy.connect_args.read_timeout": limit})
+            limits.append(command("wait", path, "--timeout", "2").stderr)
+    assert "timed out" in limits[0]
+    assert "no response within 2 seconds" in limits[1]
+    assert "'soon'" in limits[2] or "str" in limits[2]
+
+
+def test_wait_without_time_asks_once(ini):
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        url = f"postgresql+psycopg://shop@127.0.0.1:{listener.getsockname()[1]}/shop"
+
+        def hang_up() -> int:
+            listener.settimeout(PATIENCE)
+            listener.accept()[0].close()
+            listener.settimeout(1)
+            with suppress(TimeoutError):
+                listener.accept()[0].close()
+                return 2
+            return 1
+
+        asked = pool.submit(hang_up)
+        done = command("wait", ini({"sqlalchemy.url": url}), "--timeout", "0")
+        assert asked.result() == 1
+    assert done.exit_code == 1
+    assert "error: default (" in done.stderr
+
+
+#: Values of --timeout, and what is said of them.
+TIMEOUTS = {
+    "-1": "-1.0 is not in the range",
+    "inf": "inf is not in the range",
+    "nan": "'nan' is not a valid number of seconds.",
+    "soon": "'soon' is not a valid number of seconds.",
+    "": "'' is not a valid number of seconds.",
+}
+
+
+@pytest.mark.parametrize("value", TIMEOUTS)
+def test_wait_refuses_a_timeout(ini, value):
+    done = command("wait", ini({"sqlalchemy.url": "sqlite://"}), f"--timeout={value}")
+    assert done.exit_code == 2
+    assert f"Invalid value for '--timeout': {TIMEOUTS[value]}" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_wait_ends_at_a_signal_with_the_usual_status(ini, number):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"mariadb+pymysql://shop@127.0.0.1:{silent.getsockname()[1]}/shop"
+        gone = "postgresql+psycopg://shop@127.0.0.1:1/shop"
+        path = ini({"sqlalchemy.url": url, "sqlalchemy.binds.gone.url": gone})
+        with waiting(path, "--timeout", str(PATIENCE)) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("gone: ")
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors) == (-number, "")
+
+
+def test_workers_create_the_tables_at_the_same_moment(ini, database_url):
+    path = ini({"sqlalchemy.url": url_for_ini(database_url), "metadata": "tests.paste_apps:metadata"})
+    script = "import sys; from sqlasession_middleware.cli import main; main(sys.argv[1:])"
+    started = [sys.executable, "-c", script, "create", path]
+    workers = [subprocess.Popen(started, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    ended = [(worker.communicate(timeout=PATIENCE)[1], worker.returncode) for worker in workers]
+    assert command("drop", path, "--yes").exit_code == 0
+    assert ended == [("", 0)] * 4
+
+
+def test_signals_are_left_alone_in_another_thread() -> None:
+    """Only the main thread may have handlers."""
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[object] = []
+
+    def work() -> None:
+        with wait.end_by_signals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import textwrap
@@ -268,7 +269,7 @@ def test_session_is_removed_when_the_body_fails_to_be_looked_at(sqlite_engine: E
 def test_only_what_the_server_wrapped_is_handed_on_when_its_wrapper_is_a_function(sqlite_engine: Engine) -> None:
     """uWSGI's is one, and returns the very file. Another body with a ``read()`` keeps its scope."""
     request = environ(**{"wsgi.file_wrapper": lambda file, size=8192: file})
-    wrapper, file = request["wsgi.file_wrapper"], File(None)
+    wrapper, file = request["wsgi.file_wrapper"], io.BytesIO()
 
     class Readable(Once):
         def read(self, size: int = -1) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -11,30 +12,36 @@ from docutils import nodes
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
-from sqlasession_middleware import SQLASessionMiddleware, settings
-from sqlasession_middleware.settings import Kind
+from sqlasession_middleware import SQLASessionMiddleware
+from sqlasession_middleware._settings import kinds, options
+from sqlasession_middleware._settings.kinds import Kind
+from sqlasession_middleware.health import HealthMiddleware
 from sqlasession_middleware.transaction import TransactionMiddleware
 from sqlasession_middleware.unavailable import UnavailableMiddleware
 
-from .rst import read_page
+from .rst import literals, read_page, rows, sections
 
 #: What the page calls the types.
 TYPES = {
-    settings.BOOLEAN: "true or false",
-    settings.ECHO: "true, false or debug",
-    settings.WHOLE: "whole number",
-    settings.POOL_SIZE: "whole number",
-    settings.MAX_OVERFLOW: "whole number",
-    settings.SECONDS: "seconds",
-    settings.TEXT: "text",
-    settings.WORDS: "names",
-    settings.DOTTED: "dotted name",
-    settings.DOTTED_OR_NONE: "dotted name or none",
-    settings.DOTTED_NAMES: "dotted names",
-    settings.MAPPING: "only in Python",
-    settings.OBJECT: "only in Python",
+    kinds.BOOLEAN: "true or false",
+    kinds.ECHO: "true, false or debug",
+    kinds.WHOLE: "whole number",
+    kinds.BYTES: "bytes",
+    kinds.POOL_SIZE: "whole number",
+    kinds.MAX_OVERFLOW: "whole number",
+    kinds.SECONDS: "seconds",
+    kinds.SECONDS_OR_NONE: "seconds or none",
+    kinds.DEADLINE: "seconds, none, or a dotted name",
+    kinds.TEXT: "text",
+    kinds.WORDS: "names",
+    kinds.DOTTED: "dotted name",
+    kinds.DOTTED_OR_NONE: "dotted name or none",
+    kinds.DOTTED_NAMES: "dotted names",
+    kinds.MAPPING: "only in Python",
+    kinds.OBJECT: "only in Python",
+    kinds.URL_PATH_OR_NONE: "path or none",
 }
-#: The keys that are in none of the tables of settings.py, and what the page says of their types.
+#: The keys that are in none of the tables of options, and what the page says of their types.
 OTHERS = {
     "sqlalchemy.url": "text",
     "sqlalchemy.connect_args.*": "any",
@@ -42,15 +49,16 @@ OTHERS = {
     "sqlalchemy.binds.NAME.*": "as above",
     "sqlalchemy.replicas": "URLs",
     "sqlalchemy.replicas.*": "as above",
-    **dict.fromkeys(settings.STACKED, TYPES[settings.BOOLEAN]),
+    **dict.fromkeys(options.STACKED, TYPES[kinds.BOOLEAN]),
 }
 #: The keys' prefix, the table of them, and whose parameters have their defaults, with how the names begin there.
 TABLES: tuple[tuple[str, Mapping[str, Kind], Callable[..., Any], str], ...] = (
-    ("sqlalchemy.", settings.ENGINE_OPTIONS, QueuePool, "pool_"),
-    ("session.", settings.SESSION_OPTIONS, Session, ""),
-    ("", settings.OTHER_SETTINGS, SQLASessionMiddleware, ""),
-    ("transaction.", settings.TRANSACTION_OPTIONS, TransactionMiddleware, ""),
-    ("unavailable.", settings.UNAVAILABLE_OPTIONS, UnavailableMiddleware, ""),
+    ("sqlalchemy.", options.ENGINE_OPTIONS, QueuePool, "pool_"),
+    ("session.", options.SESSION_OPTIONS, Session, ""),
+    ("", options.OTHER_SETTINGS, SQLASessionMiddleware, ""),
+    ("transaction.", options.TRANSACTION_OPTIONS, TransactionMiddleware, ""),
+    ("unavailable.", options.UNAVAILABLE_OPTIONS, UnavailableMiddleware, ""),
+    ("", options.HEALTH_OPTIONS, HealthMiddleware, ""),
 )
 
 
@@ -78,7 +86,34 @@ def test_reference_has_the_defaults_that_signatures_have(documented: dict[str, l
             default = defaults.get(name, defaults.get(name.removeprefix(beginning)))
             if isinstance(default, bool):
                 compared[prefix + name] = str(default).lower()
-            elif isinstance(default, int | float):
+            elif isinstance(default, int):
+                compared[prefix + name] = str(default)
+            elif isinstance(default, float):
                 compared[prefix + name] = f"{default:g}"
+            elif isinstance(default, str) and default.startswith("/"):
+                compared[prefix + name] = default
     assert {"sqlalchemy.pool_size", "session.autoflush", "replica_retry", "transaction.attempts"} <= set(compared)
     assert {key: documented[key][1] for key in compared} == compared
+
+
+#: The parameters of the constructor that keys of their own readers set: see the tables of ini.py.
+READ_APART = {"bind", "binds", "replicas", "engine_options", "session_options"}
+
+
+def test_each_parameter_has_an_ini_key_and_each_key_a_parameter() -> None:
+    expected: list[tuple[Callable[..., Any], set[str]]] = [
+        (SQLASessionMiddleware, {*READ_APART, *options.OTHER_SETTINGS, *options.STACKED}),
+        (TransactionMiddleware, {*options.STACKED["transaction"]}),
+        (UnavailableMiddleware, {*options.STACKED["unavailable"]}),
+        (HealthMiddleware, {*options.HEALTH_OPTIONS}),
+    ]
+    for owner, names in expected:
+        assert {*inspect.signature(owner).parameters} - {"app"} == names
+
+
+def test_life_of_a_request_names_what_is_in_the_source() -> None:
+    names = [literal for cells in rows(sections(read_page("life"))["In the source"]) for literal in literals(cells[1])]
+    assert len(names) > 20
+    for name in names:
+        if "." in name:  # The others are further methods of the class before them.
+            resolve_name(f"sqlasession_middleware.{name}")

@@ -18,7 +18,8 @@ from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
-from sqlasession_middleware import SQLASessionMiddleware, engines, session
+from sqlasession_middleware import SQLASessionMiddleware, session
+from sqlasession_middleware._database import engines
 from sqlasession_middleware.errors import ConfigurationError
 from tests.wsgi import Environ, StartResponse, consume, environ, select_one
 from tests.wsgi import start_response as send_nothing
@@ -41,16 +42,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no text": ({"bind": None}, "bind must be a URL string, a URL or an Engine, got NoneType"),
     "empty": ({"bind": ""}, "bind must be a database URL .* got 0 characters"),
     "no scheme": ({"bind": f"me:{SECRET}@host/db"}, "bind must be a database URL .* without '://'"),
-    "unreadable": ({"bind": f"://me:{SECRET}@host/db"}, "bind is no URL that SQLAlchemy can read"),
-    "port": ({"bind": f"postgresql://me:@host:{SECRET}/db"}, "port that is a number"),
+    "unreadable": ({"bind": f"://me:{SECRET}@host/db"}, "bind cannot be parsed as a URL"),
+    "port": ({"bind": f"postgresql://me:@host:{SECRET}/db"}, "numeric port"),
     "old name": ({"bind": f"postgres://me:{SECRET}@host/db"}, "the database 'postgres'.* did you mean 'postgresql'"),
     "unknown driver": ({"bind": f"postgresql+psycopgg://me:{SECRET}@h/db"}, "the driver 'psycopgg' for postgresql"),
     "driver not installed": ({"bind": f"oracle+cx_oracle://me:{SECRET}@host/db"}, "needs the driver of 'oracle"),
-    "asyncio": ({"bind": f"postgresql+psycopg_async://me:{SECRET}@host/db"}, "'psycopg_async', .* is for asyncio"),
-    "asyncio, not installed": ({"bind": f"postgresql+asyncpg://me:{SECRET}@host/db"}, "'asyncpg', .* is for asyncio"),
+    "asyncio": ({"bind": f"postgresql+psycopg_async://me:{SECRET}@host/db"}, "'psycopg_async', .* requires asyncio"),
+    "asyncio, not installed": ({"bind": f"postgresql+asyncpg://me:{SECRET}@host/db"}, "'asyncpg', .* requires asyncio"),
     "password in SQLite": ({"bind": f"sqlite://me:{SECRET}@host/db"}, r"me:\*\*\*@host"),
     "no folder": ({"bind": "sqlite:////no/such/folder/shop.db"}, "no folder '/no/such/folder'"),
-    "bad driver argument": ({"bind": f"sqlite:///x.db?timeout={SECRET}&password={SECRET}"}, "cannot make an engine"),
+    "bad driver argument": ({"bind": f"sqlite:///x.db?timeout={SECRET}&password={SECRET}"}, "cannot create an engine"),
     "engine option": ({"engine_options": {"pool_sise": 5}}, r"engine_options\['pool_sise'\].*did you mean 'pool_size'"),
     "far from any": ({"engine_options": {"zzz": 5}}, r"engine_options\['zzz'\] is not an option .* for sqlite\.$"),
     "not whole": (
@@ -66,16 +67,30 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"session_options": {"autoflosh": 1}},
         r"\['autoflosh'\].* of Session; did you mean 'autoflush'",
     ),
-    "session bind": ({"session_options": {"bind": 1}}, r"\['bind'\] is for the middleware to set"),
+    "session bind": ({"session_options": {"bind": 1}}, r"\['bind'\] is set by the middleware"),
     "session class": ({"session_options": {"class_": dict}}, r"\['class_'\] must be a subclass of Session"),
     "session type": ({"session_options": {"autoflush": "no"}}, r"\['autoflush'\] must be true or false, got 'no'"),
     "session options": ({"session_options": ["autoflush"]}, "session_options must be a dict, got list"),
     "@ in the password": ({"bind": f"postgresql+psycopg://me:p@{SECRET}@localhost/shop"}, "percent-encoded"),
+    "line break in connect_args": (
+        {"bind": "postgresql+psycopg://me@host/db", "engine_options": {"connect_args": {"password": SECRET + "\n"}}},
+        r"engine_options\['connect_args'\] has a line break at the beginning or end of 'password'",
+    ),
+    "line break in connect_args of bytes": (
+        {
+            "bind": "postgresql+psycopg://me@host/db",
+            "engine_options": {"connect_args": {"password": f"{SECRET}\n".encode()}},
+        },
+        r"engine_options\['connect_args'\] has a line break at the beginning or end of 'password'",
+    ),
     "connect_args": ({"engine_options": {"connect_args": f"password={SECRET}"}}, r"must be a dict, got str\."),
     "engine option's name": ({"engine_options": {5: 5}}, "engine_options must have names as keys, got 5"),
     "session option's name": ({"session_options": {5: 5}}, "session_options must have names as keys, got 5"),
-    "session value": ({"session_options": {"join_transaction_mode": "zzz"}}, "session_options are refused by Session"),
-    "plugin": ({"bind": "sqlite://?plugin=nosuch"}, "cannot make an engine of sqlite: .*plugins:"),
+    "session value": (
+        {"session_options": {"join_transaction_mode": "zzz"}},
+        "session_options are not accepted by Session",
+    ),
+    "plugin": ({"bind": "sqlite://?plugin=nosuch"}, "cannot create an engine for sqlite: .*plugins:"),
     "metadata": ({"metadata": numbers}, "metadata must be a MetaData, .* got Table"),
     "pool of less than nothing": ({"engine_options": {"pool_size": -3}}, "must be a whole number from 0, got -3"),
     "overflow of less than nothing": ({"engine_options": {"max_overflow": -2}}, "a whole number from -1, got -2"),
@@ -83,10 +98,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "URL for a number": ({"engine_options": {"pool_size": LOST_URL}}, "must be a whole number from 0, got a URL"),
     "URL for a switch": ({"session_options": {"autoflush": LOST_URL}}, "must be true or false, got a URL"),
     "URL for a class": ({"session_options": {"class_": LOST_URL}}, "a subclass of Session, got a URL"),
-    "URL for a word": ({"session_options": {"join_transaction_mode": LOST_URL}}, "are refused by Session: got a URL"),
+    "URL for a word": (
+        {"session_options": {"join_transaction_mode": LOST_URL}},
+        "are not accepted by Session: got a URL",
+    ),
     "URL for a name": ({"session_options": {(LOST_URL,): 1}}, "must have names as keys, got a URL"),
     "URL for seconds": ({"replicas": ["sqlite://"], "replica_retry": LOST_URL}, "of seconds from 0, got a URL"),
     "URL for attempts": ({"transaction": {"attempts": LOST_URL}}, "a whole number from 1, got a URL"),
+    "URL for bytes": ({"transaction": {"replay_body_memory": LOST_URL}}, "number of bytes from 0, got a URL"),
+    "part of a byte": ({"transaction": {"replay_body_max": 1.5}}, "number of bytes from 0, got 1.5"),
+    "true for bytes": ({"transaction": {"replay_body_max": True}}, "number of bytes from 0, got True"),
     "URL for a veto": ({"transaction": {"commit_veto": (LOST_URL,)}}, "must be callable, .* got a URL"),
     "URL for an error": ({"transaction": {"retry_on": [LOST_URL]}}, r"\['retry_on'\] must be .*, got a URL"),
     "URL for the 503": ({"unavailable": {"retry_after": LOST_URL}}, "of seconds from 0, got a URL"),
@@ -95,6 +116,91 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "URL for a bind": ({"binds": {LOST_URL: "sqlite://"}}, "binds must have names as keys, got a URL"),
     "app": ({"app": None}, "app must be a WSGI application, a callable, got NoneType"),
 }
+
+
+#: URLs with a password that is not encoded, and where SQLAlchemy finds the rest of it.
+NOT_ENCODED = {
+    "database": f"postgresql+psycopg://me:p@ss/{SECRET}@host/shop",
+    "database, two @": f"mariadb+pymysql://me:p@ss/{SECRET}@x@host/shop",
+    "database, no port": f"mariadb+pymysql://me:p@1:2/{SECRET}@host/shop",
+    "database, after the user": f"postgresql+psycopg://m/e:{SECRET}@host/shop",
+    "database, one / too many": f"postgresql+psycopg:///me:{SECRET}@host/shop",
+    "database, with an option": f"postgresql+psycopg://me:p@ss/{SECRET}?x@host/shop",
+    "option": f"postgresql+psycopg://me:p@ss?{SECRET}@host/shop",
+    "second option": f"postgresql+psycopg://me:p@ss?a=b&{SECRET}@host/shop?c=d",
+    "option with a value": f"postgresql+psycopg://me:p@ss?{SECRET}@host/shop?c=d",
+    "host": f"postgresql+psycopg://me:p@{SECRET}@host/shop",
+}
+
+
+@pytest.mark.parametrize("place", NOT_ENCODED)
+@pytest.mark.parametrize("role", ["bind", "binds", "replicas"])
+def test_url_is_refused_when_its_password_ends_in_another_place(place: str, role: str) -> None:
+    other = NOT_ENCODED[place]
+    arguments = {"bind": other, "binds": {"audit": other}, "replicas": [other]}
+    with pytest.raises(ConfigurationError, match="percent-encoded") as caught:
+        SQLASessionMiddleware(**{"app": nothing, "bind": "sqlite://", role: arguments[role]})
+    assert SECRET not in "".join(traceback.format_exception(caught.value, chain=True))
+
+
+@pytest.mark.parametrize("place", [place for place in NOT_ENCODED if "option" not in place])
+def test_url_object_is_refused_when_its_password_ends_in_another_place(place: str) -> None:
+    with pytest.raises(ConfigurationError, match="percent-encoded"):
+        wrap(make_url(NOT_ENCODED[place]))
+
+
+@pytest.mark.parametrize("place", ["host", "database", "database, two @", "database, after the user"])
+def test_rest_of_a_password_is_not_shown_when_an_engine_is_given(place: str) -> None:
+    app = wrap(create_engine(NOT_ENCODED[place]))
+    shown = repr(app) + repr(app._source) + str(app.capacity())
+    assert SECRET not in shown + app._source.without_secrets(f'database "{app.engine.url.database}" does not exist')
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///me@work.db",
+        "postgresql+psycopg://me%40work:p%40ss%2Fword@host/shop?application_name=me@work",
+        "postgresql+psycopg://me@work:secret@host/shop",
+        "postgresql+psycopg:///shop?host=/run/me@work",
+    ],
+)
+def test_url_is_accepted_when_its_at_sign_is_part_of_a_name(url: str) -> None:
+    assert wrap(url)._source.url.host in (None, "host")
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("user name", {"username": "me\n"}),
+        ("password", {"password": SECRET + "\n"}),
+        ("host", {"host": "host\n"}),
+        ("database", {"database": "shop\n"}),
+        ("option 'passwd'", {"query": {"passwd": SECRET + "\n"}}),
+        ("option 'user'", {"query": {"user": "me\n"}}),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_url_is_refused_when_a_part_ends_in_the_line_break_of_a_file(part: str, change: Any, line_break: str) -> None:
+    """Otherwise a login fails with "password authentication failed", and the password that is written is right."""
+    change = {name: _with(value, line_break) for name, value in change.items()}
+    url = make_url(f"mariadb+pymysql://me:{SECRET}@host/shop").set(**change)
+    with pytest.raises(ConfigurationError, match=f"line break at the beginning or end of its {part}") as caught:
+        wrap(url)
+    assert SECRET not in "".join(traceback.format_exception(caught.value, chain=True))
+
+
+def _with(value: Any, line_break: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _with(each, line_break) for name, each in value.items()}
+    return value.replace("\n", line_break)
+
+
+@pytest.mark.parametrize("url", ["mariadb+pymysql://me:secret@host/shop\n", "sqlite:///shop.db\n"])
+def test_url_is_refused_when_it_ends_in_a_line_break(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="line break at the beginning or end of its database"):
+        wrap(url)
 
 
 @pytest.mark.parametrize("driver", ["sqlite", "postgresql+psycopg", "postgresql+psycopg2", "mariadb+pymysql"])
@@ -123,12 +229,12 @@ def test_bad_setting_is_refused_at_construction(case: str, parsed: bool) -> None
 def test_unknown_option_is_refused_when_an_engine_like_it_was_accepted_before() -> None:
     """Accepted options are remembered; a URL is checked each time."""
     wrap("sqlite:///a.db?timeout=5")
-    with pytest.raises(ConfigurationError, match="cannot make an engine"):
+    with pytest.raises(ConfigurationError, match="cannot create an engine"):
         wrap("sqlite:///a.db?timeout=soon")
 
 
 def test_engine_options_are_refused_for_an_engine() -> None:
-    with pytest.raises(ConfigurationError, match="cannot change an Engine"):
+    with pytest.raises(ConfigurationError, match="cannot be applied to an existing Engine"):
         wrap(create_engine("sqlite://"), engine_options={"echo": True})
 
 
@@ -230,32 +336,19 @@ def test_url_object_is_taken(sqlite_url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "options", "expected"),
     [
-        ("postgresql+psycopg://localhost/shop", {}, True),
-        ("mariadb+pymysql://localhost/shop", {}, True),
-        ("mysql+pymysql://localhost/shop", {"pool_pre_ping": False}, False),
-        ("postgresql+psycopg://localhost/shop", {"poolclass": NullPool}, True),
+        ("postgresql+psycopg://localhost/shop", {}, False),
+        ("postgresql+psycopg://localhost/shop", {"ping_after": 0}, True),
+        ("mariadb+pymysql://localhost/shop", {"engine_options": {"pool_pre_ping": True}}, True),
+        ("mysql+pymysql://localhost/shop", {"engine_options": {"pool_pre_ping": False}, "ping_after": 0}, False),
+        ("postgresql+psycopg://localhost/shop", {"engine_options": {"poolclass": NullPool}, "ping_after": 0}, True),
         ("sqlite:///shop.db", {}, False),
-        ("sqlite:///shop.db", {"pool_pre_ping": True}, True),
+        ("sqlite:///shop.db", {"ping_after": 0}, False),
+        ("sqlite:///shop.db", {"engine_options": {"pool_pre_ping": True}}, True),
     ],
 )
-def test_connections_are_pinged_on_network_databases(url: str, options: dict[str, Any], expected: bool) -> None:
-    assert wrap(url, engine_options=options).engine.pool._pre_ping is expected
-
-
-def test_request_works_after_the_server_dropped_the_idle_connection(server_url: str) -> None:
-    """What the ping is for."""
-    app = wrap(server_url, engine_options={"pool_size": 1})
-    which = "pg_backend_pid()" if "postgresql" in server_url else "connection_id()"
-    kill = "SELECT pg_terminate_backend({})" if "postgresql" in server_url else "KILL {}"
-    with app.context():
-        ident = session.execute(text(f"SELECT {which}")).scalar_one()
-    killer = create_engine(server_url)
-    with killer.connect() as connection:
-        connection.execute(text(kill.format(ident)))
-    killer.dispose()
-    with app.context():
-        assert session.execute(text(f"SELECT {which}")).scalar_one() != ident
-    app.dispose()
+def test_sqlalchemy_pings_at_each_use_when_it_is_asked_to(url: str, options: dict[str, Any], expected: bool) -> None:
+    """Otherwise the pool looks at the socket: see ``test_idle_connections.py``."""
+    assert wrap(url, **options).engine.pool._pre_ping is expected
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite+pysqlite://"])

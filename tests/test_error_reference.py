@@ -16,31 +16,34 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 from click.testing import Result
 from docutils import nodes
-from sqlalchemy import MetaData, create_engine, select, text
+from sqlalchemy import MetaData, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-import sqlasession_middleware
-from sqlasession_middleware import SQLASessionMiddleware, application, doom, local, local_manager, session, settings
+from sqlasession_middleware import SQLASessionMiddleware, application, doom, local, local_manager, session
+from sqlasession_middleware._database.breaker import breaker_of
+from sqlasession_middleware._settings import kinds
+from sqlasession_middleware.health import HealthMiddleware
+from sqlasession_middleware.models import SavesItself
 from sqlasession_middleware.request import Request
-from sqlasession_middleware.testing import assert_queries, no_leaks
+from sqlasession_middleware.testing import assert_queries, isolated, no_leaks
 from sqlasession_middleware.transaction import TransactionMiddleware
 
-from . import test_cli
+from . import test_cli, test_health
 from .conftest import DATABASES_SEEN
 from .ports import free_port
 from .rst import literals, read_page
+from .sources import module_files
 from .test_cli import check, command
 from .test_engines import REFUSED
 from .test_request import Guest
-from .test_routing import break_replica
+from .test_routing import break_engine, break_replica
 from .test_transaction import ITEMS, NO_WAIT, Deadlock, add, answer, tables
 from .test_unavailable import call, lets_it_pass
 from .wsgi import Environ, StartResponse, consume, environ, select_one, start_response
@@ -142,15 +145,22 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "… must be a whole number, got …": REFUSED["not whole anywhere"][0],
     "… must be a whole number from 0, got …": REFUSED["not whole"][0],
     "… must be a whole number from -1, got …": REFUSED["overflow of less than nothing"][0],
-    "… holds another URL in the name of its database: give each a setting of its own.": {
+    "… contains a second URL in its database name: give each URL a setting of its own.": {
         "bind": "sqlite:///a;sqlite:///b"
+    },
+    "… has a line break at the beginning or end of …: remove it, with strip() if it was read from a file.": {
+        "bind": "sqlite:///shop.db\n"
     },
     "… is the Engine of 'bind' itself: give a URL, or another Engine.": {"bind": ENGINE, "replicas": [ENGINE]},
     "… must be one of … for …, got …": REFUSED["no such level"][0],
     "… must be a whole number from 1, got …": {"transaction": {"attempts": 0}},
+    "… must be a whole number of bytes from 0, got …": {"transaction": {"replay_body_max": -1}},
     "… must be a whole number of seconds from 0, got …": {"unavailable": {"retry_after": 0.5}},
+    "… must be a whole number of failures from 0, got …": {"unavailable": {"breaker_failures": -1}},
     "… must be a number of seconds, got …": REFUSED["not seconds"][0],
     "… must be a number of seconds from 0, got …": {"replicas": ["sqlite://"], "replica_retry": -1},
+    "… must be a number of seconds from 0, or none, got …": {"ping_after": -1},
+    "… must be a number of seconds above 0, or none, got …": {"deadline": 0},
     "… must be a dict, got …": REFUSED["connect_args"][0],
     "… must have names as keys, got …": REFUSED["engine option's name"][0],
     "… must be callable, or the dotted name of …, got …": {"transaction": {"activate": 5}},
@@ -159,15 +169,15 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "… must be true, false or a dict of options, got …": {"transaction": "yes"},
     "… must be a MetaData, such as a declarative Base.metadata, or several, got …": REFUSED["metadata"][0],
     "… must be a subclass of Session, got …": REFUSED["session class"][0],
-    "… are refused by Session: …": REFUSED["session value"][0],
+    "… are not accepted by Session: …": REFUSED["session value"][0],
     "… must be a list of content types, got …": {"streams": "text/csv"},
     "… must hold content types such as 'text/csv', got …": {"streams": ["csv"]},
     "… is not an option…": {"transaction": {"atempts": 3}},
     "… is not an option of …": REFUSED["session option"][0],
     "… is not an option of create_engine() for …": REFUSED["engine option"][0],
-    "… is missing: it is the database URL.": {"binds": {"audit": {"pool_size": 1}}},
-    "… is for the middleware to set: give it as 'bind'.": REFUSED["session bind"][0],
-    "… is the engine of everything without a bind key: give it as 'bind'.": {"binds": {"default": "sqlite://"}},
+    "… is missing: set it to the URL of the database.": {"binds": {"audit": {"pool_size": 1}}},
+    "… is set by the middleware: pass it as 'bind'.": REFUSED["session bind"][0],
+    "… is reserved for tables without a bind key: pass this database as 'bind'.": {"binds": {"default": "sqlite://"}},
     "… must be a dict of databases by their bind keys, got …": {"binds": ["sqlite://"]},
     "… must be a list of databases, got …": {"replicas": "sqlite://"},
     "… cannot be used with replicas: no replica can prepare a transaction.": {
@@ -176,14 +186,14 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "… must be a URL string, a URL or an Engine, got …": REFUSED["no text"][0],
     "… must be a database URL such as 'sqlite:///shop.db', got … characters without '://'.": REFUSED["no scheme"][0],
-    "… is no URL that SQLAlchemy can read: …": REFUSED["@ in the password"][0],
-    "… names …, which SQLAlchemy has no dialect for…": REFUSED["old name"][0],
+    "… cannot be parsed as a URL: expected …": REFUSED["@ in the password"][0],
+    "… names …, for which SQLAlchemy has no dialect…": REFUSED["old name"][0],
     "… needs the driver of …, which cannot be imported (…): install it.": REFUSED["driver not installed"][0],
-    "… names the driver …, which is for asyncio: WSGI needs one that is not.": REFUSED["asyncio"][0],
+    "… names the driver …, which requires asyncio: use a synchronous driver.": REFUSED["asyncio"][0],
     "… names the SQLite file …, but there is no folder …": REFUSED["no folder"][0],
-    "… cannot make an engine of …": REFUSED["bad driver argument"][0],
+    "… cannot create an engine for …": REFUSED["bad driver argument"][0],
     "… is refused by create_engine() for …": {"engine_options": {"echo": "loud"}},
-    "… cannot change an Engine that is made already: give a URL.": {
+    "… cannot be applied to an existing Engine: give a URL.": {
         "bind": ENGINE,
         "engine_options": {"pool_size": 1},
     },
@@ -191,16 +201,20 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 #: Settings of an ini, beside a URL. No text is no setting at all.
 INI: dict[str, dict[str, Any]] = {
-    "… must be …, which an ini cannot hold: set it in Python.": {"session.info": "{}"},
+    "… must be …, which an ini file cannot contain: set it in Python.": {"session.info": "{}"},
     "… must be a string, as in an ini file, got …": {"sqlalchemy.pool_size": 5},
+    "… must be a whole number of bytes, got …": {"transaction.replay_body_max": "1 MiB"},
     "… must be the dotted name of …, got …": {"sqlalchemy.poolclass": "NoPool"},
+    "… must be a number of seconds above 0, none, or the dotted name of a callable, 'package.module:name', got …": {
+        "deadline": "soon"
+    },
     "… must be none, or the dotted name of …, got …": {"transaction.activate": "no.such:thing"},
     "… must be dotted names of …, got …": {"metadata": "no.such:metadata"},
     "… is not a setting of this middleware…": {"sesion.autoflush": "true"},
-    "… is not a setting: the URLs are those of …": {"sqlalchemy.replicas.url": "sqlite://"},
-    "… must be …binds.NAME.url, or an engine option in place of url.": {"sqlalchemy.binds.audit": "sqlite://"},
+    "… is not a setting: list the URLs in …": {"sqlalchemy.replicas.url": "sqlite://"},
+    "… must be …binds.NAME.url or binds.NAME.OPTION, with an engine option.": {"sqlalchemy.binds.audit": "sqlite://"},
     "… is missing: set it to a database URL, …": {"sqlalchemy.url": ""},
-    "… is missing, but there are options for it.": {"sqlalchemy.replicas.pool_size": "1"},
+    "… is missing, although options for replicas are set.": {"sqlalchemy.replicas.pool_size": "1"},
 }
 
 
@@ -225,12 +239,18 @@ def use_session_outside() -> None:
     select_one()
 
 
+@provokes("the deadline of … s has passed: …")
+def wait_too_long(make: Callable[..., SQLASessionMiddleware]) -> None:
+    with make().context(deadline=1e-6):
+        select_one()
+
+
 @provokes("No application is bound here: this code runs outside of a request, or its request is over. …")
 def use_application_outside() -> None:
     application.engine  # noqa: B018  # it is an error to ask
 
 
-@provokes("The request is over, so 'session' has no scope any more: …")
+@provokes("The request is over, so 'session' has no scope: …")
 def outlive_the_request(make: Any) -> None:
     kept = []
 
@@ -288,7 +308,7 @@ def configure_the_session() -> None:
     session.configure(autoflush=False)
 
 
-@provokes("This context of … is entered already: call context() for each 'with'.")
+@provokes("This context of … was already entered: call context() for each 'with'.")
 def enter_twice(make: Any) -> None:
     context = make().context()
     with context, context:
@@ -301,18 +321,47 @@ def name_an_unknown_bind(make: Any) -> None:
         session.execute(text("SELECT 1"), bind_arguments={"bind_key": "audti"})
 
 
+class Itself(SavesItself, DeclarativeBase):
+    """Of no registry that another test creates tables of."""
+
+
+class Template(Itself):
+    __tablename__ = "error_template"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+@provokes("merge() would insert the … with the primary key …, because it added itself …")
+def merge_what_is_pending(make: Any) -> None:
+    with make().context():
+        session.merge(Template(id=1))
+
+
+@provokes("bulk_save_objects() would insert a … that the next flush inserts as well, …")
+def save_in_bulk_what_is_pending(make: Any) -> None:
+    with make().context():
+        session.bulk_save_objects([Template(id=1)])
+
+
 @provokes("The metadata has no tables, so init_database() creates none: …")
 def create_nothing(make: Any) -> None:
     make(metadata=MetaData()).init_database()
 
 
-@provokes("There is no … of that key.")
+@provokes("drop_database() would wait for …, which has a transaction open: …")
+def drop_what_is_in_use(make: Any, postgresql_url: str) -> None:
+    app = make(nothing, postgresql_url)
+    with app.context():
+        select_one()
+        app.drop_database()
+
+
+@provokes("There is no … with that key.")
 def get_nothing(make: Any) -> None:
     with make().context():
         Request.blank("/").get_or_404(Guest, "no number")
 
 
-@provokes("There is nothing of that kind.")
+@provokes("There is no such object.")
 def find_nothing(make: Any) -> None:
     app = make(metadata=Guest.metadata)
     app.init_database()
@@ -328,13 +377,13 @@ def stand_alone() -> None:
     TransactionMiddleware(nothing)(environ(), start_response)
 
 
-@provokes("doom() needs a transaction: …")
+@provokes("…() needs a transaction: …")
 def doom_nothing(make: Any) -> None:
     with make().context():
         doom()
 
 
-@provokes("The transaction cannot be committed: the database has given it up after an error …")
+@provokes("The transaction cannot be committed: the database aborted it after an error …")
 def swallow_an_error(make: Any, postgresql_url: str) -> None:
     def app(environ: Environ, start: StartResponse) -> list[bytes]:
         add()
@@ -370,7 +419,17 @@ def cut_a_commit_short(make: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str,
     return call(wrapped)
 
 
-@provokes("Attempt … of … at … … failed and is repeated in … s: …")
+@provokes("commit_failed must return a WSGI application or None, got …")
+def answer_with_a_tuple(make: Any) -> None:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        select_one()
+        event.listen(session(), "before_commit", lambda opened: 1 / 0)
+        return answer(start)
+
+    call(make(app, transaction={"commit_failed": lambda environ, error: ("taken", 409)}))
+
+
+@provokes("Attempt … of … at … … failed and will be repeated in … s: …")
 def fail_once(make: Any) -> None:
     def app(environ: Environ, start: StartResponse) -> list[bytes]:
         if environ["sqlasession.attempt"] == 1:
@@ -380,7 +439,16 @@ def fail_once(make: Any) -> None:
     call(make(app, transaction={"attempts": 2, **NO_WAIT}))
 
 
-@provokes("A transaction could not be rolled back: its connection is given up")
+@provokes("The websocket at … has ended, and its session is rolled back with …")
+def leave_a_websocket(make: Any) -> None:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        session.add(Guest(name="Ada"))
+        return []
+
+    consume(make(app, transaction=True)(environ(HTTP_UPGRADE="websocket"), start_response))
+
+
+@provokes("A transaction could not be rolled back: its session is closed")
 @provokes("A session could not be closed")
 def fail_to_roll_back(make: Any) -> None:
     def app(environ: Environ, start: StartResponse) -> list[bytes]:
@@ -399,8 +467,51 @@ def find_no_server(make: Any) -> tuple[str, dict[str, str], bytes]:
     return call(make(lets_it_pass, f"postgresql+psycopg://shop@127.0.0.1:{free_port()}/shop", unavailable=True))
 
 
+@provokes("The database is too busy at the moment. Please try again later.")
+@provokes("The database is too busy: … … is answered with 503: …")
+def meet_deadlocks(make: Any) -> tuple[str, dict[str, str], bytes]:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        raise Deadlock("serialize")
+
+    return call(make(app, transaction={"attempts": 2, **NO_WAIT}, unavailable=True))
+
+
+@provokes("… … has lost its connection in each attempt, and the database answers others: …")
+def send_what_kills_the_connection(make: Any, postgresql_url: str) -> None:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        return answer(start)
+
+    call(make(app, postgresql_url, transaction={"attempts": 2, **NO_WAIT}, unavailable=True))
+
+
+@provokes("The page of 'unavailable' failed at … …: the default page is sent")
+def fail_in_the_page(make: Any) -> None:
+    def page(environ: Environ, start: StartResponse) -> list[bytes]:
+        raise KeyError("page")
+
+    call(make(lets_it_pass, f"postgresql+psycopg://shop@127.0.0.1:{free_port()}/shop", unavailable={"page": page}))
+
+
+@provokes("the database … is out of reach, and is tried again in … s")
+@provokes("The database … is out of reach: whoever needs it is told so at once for … s, …")
+@provokes("The database … is reachable again")
+def open_and_close_a_breaker(make: Any) -> None:
+    app = make(lets_it_pass, unavailable={"breaker_failures": 1, "breaker_seconds": 1000})
+    broken = break_engine(app.engine)
+    call(app)
+    broken.clear()
+    try:
+        app.engine.connect()
+    finally:
+        found = breaker_of(LookupError(), app.engine)
+        assert found is not None
+        found.open_until = 0.001
+        call(app)
+
+
 @provokes("The replica … is out of reach, and is tried again after … s: …")
-@provokes("The replica … is back")
+@provokes("The replica … is reachable again")
 def lose_a_replica(make: Any) -> None:
     app = make(lets_it_pass, replicas=["sqlite://"], replica_retry=0, unavailable=True)
     broken = break_replica(app)
@@ -409,7 +520,7 @@ def lose_a_replica(make: Any) -> None:
     call(app)
 
 
-@provokes("This went to a replica, because the statement does not look as if it wrote: …")
+@provokes("This statement was sent to a replica, because it does not look like a write: …")
 def write_to_a_replica(make: Any) -> None:
     with make(replicas=["sqlite://"]).engines["replicas[0]"].begin() as connection:
         connection.execute(text("CREATE TABLE written (id int)"))
@@ -442,7 +553,7 @@ def fails_throughout(environ: Environ, start: StartResponse) -> Body:
     return Body(1 / 0 for _ in "x")
 
 
-@provokes("… of … has ended and not given back … of the connections that it took. Taken here:…")
+@provokes("… of … has ended without returning … of its connections. Checked out here:…")
 def keep_a_connection(make: Any) -> None:
     app = make(report_leaks=True)
     with app.context():
@@ -451,7 +562,7 @@ def keep_a_connection(make: Any) -> None:
 
 
 @provokes("A response or context of … was dropped with its session open: …")
-@provokes("A finisher of a response of … that was dropped failed")
+@provokes("A finisher failed for a response of … that was never closed")
 def drop_a_response(make: Any) -> None:
     make(fails_at_its_end)(environ(), start_response)
 
@@ -466,7 +577,7 @@ def fail_and_be_replaced(make: Any) -> None:
     call(make(fails_throughout, transaction=True))
 
 
-@provokes("A connection of a session that could not be closed was given up")
+@provokes("A connection of a session that could not be closed could not be invalidated either")
 def fail_to_give_back(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Unclosed(Session):
         def close(self) -> None:
@@ -499,6 +610,48 @@ def start_never(make: Any) -> None:
     call(make(lambda environ, start: [b"x"], transaction=True))
 
 
+# Health checks. Some arguments are from the table of another test, which knows more of what is refused.
+
+WRONG_HEALTH: dict[str, str] = {
+    "… must be a number of seconds above 0, got …": "no time",
+    "… must be a path that begins with '/', or none, got …": "relative",
+    "… must be another path than 'live', got … for both.": "same",
+    "… is needed, because … leads to no SQLASessionMiddleware: …": "none",
+    "… is needed, because … leads to … of them: pass the one to ask.": "several",
+    "… must be a SQLASessionMiddleware, got …": "another kind",
+}
+
+
+def check_health_of(case: str) -> Callable[[], object]:
+    app, options, _ = test_health.REFUSED[case]
+    return lambda: HealthMiddleware(app, **options)
+
+
+PROVOKERS.update({message: check_health_of(case) for message, case in WRONG_HEALTH.items()})
+
+
+@provokes("… is the SQLASessionMiddleware around this one, but there is none: …")
+def check_health_outside() -> None:
+    HealthMiddleware(nothing, application=application)(environ(PATH_INFO="/readyz"), start_response)
+
+
+@provokes("Only GET and HEAD are allowed.")
+def post_to_health() -> Any:
+    return call(HealthMiddleware(nothing, ready=None), REQUEST_METHOD="POST", PATH_INFO="/healthz")
+
+
+def full_and_free(make: Any) -> None:
+    app = make(bind="sqlite://", engine_options={"pool_size": 1, "max_overflow": 0})
+    health = HealthMiddleware(app, timeout=30.0)
+    with app.engine.connect():
+        call(health, PATH_INFO="/readyz")
+    call(health, PATH_INFO="/readyz")
+
+
+provokes("The health check finds the engine … …: …")(full_and_free)
+provokes("The health check finds the engine … ok again")(full_and_free)
+
+
 # The command.
 
 
@@ -511,9 +664,9 @@ def do_without_click() -> subprocess.CompletedProcess[str]:
 #: Which case of the command's own tests provokes it.
 CHECKS = {
     "error: there is no file …": "no file",
-    "error: … is no ini file: …": "lost value",
+    "error: … is not a valid ini file: …": "lost value",
     "error: … cannot be loaded: …": "wrong setting",
-    "error: no 'use = egg:sqlasession_middleware' is part of …": "no middleware",
+    "error: … has no section with 'use = egg:sqlasession_middleware'.": "no middleware",
     "error: … of [server:main] must be a whole number from 1, got …": "not a number",
 }
 
@@ -536,12 +689,18 @@ def check_a_port(ini: Any) -> Result:
     return check(ini({"sqlalchemy.url": f"postgresql+psycopg://shop@127.0.0.1:{free_port()}/shop"}))
 
 
+@provokes("error: … cannot be asked: …")
+def wait_with_a_wrong_option(ini: Any) -> Result:
+    url = "postgresql+psycopg://shop@127.0.0.1:1/shop"
+    return command("wait", ini({"sqlalchemy.url": url, "sqlalchemy.connect_args.nonsense": "1"}))
+
+
 @provokes("error: …: up to … connections; … is …")
 def check_too_many(ini: Any, postgresql_url: str) -> Result:
     return check(ini({"sqlalchemy.url": postgresql_url.replace("%", "%%")}), "--processes", "100000")
 
 
-@provokes("error: --set … finds no environment variable of that name: set it, or give ….")
+@provokes("error: --set … needs an environment variable of that name, and there is none: set it, or give ….")
 def set_what_is_nowhere(ini: Any) -> Result:
     return command("create", ini({"sqlalchemy.url": "sqlite://"}), "--set", "NO_SUCH_VARIABLE")
 
@@ -562,7 +721,7 @@ def commit_what_was_given_up(ini: Any, postgresql_url: str) -> Result:
     return command("shell", ini({"sqlalchemy.url": postgresql_url.replace("%", "%%")}), "--commit", said=said)
 
 
-@provokes("error: nothing was dropped.")
+@provokes("error: aborted, no tables were dropped.")
 def refuse_to_drop(ini: Any) -> Result:
     return command("drop", ini({"sqlalchemy.url": "sqlite://"}), said="n\n")
 
@@ -581,13 +740,33 @@ def serve_nowhere(ini: Any) -> Result:
 # Tests.
 
 
-@provokes("… statements were expected, and … were sent:…")
+@provokes("… cannot use the database yet, because … has changes that are not committed, …")
+def begin_while_another_session_has_changes(make: Any) -> None:
+    app = make()
+    app.init_database()
+    with isolated(app), app.context():
+        add()
+        with app.context():
+            select_one()
+
+
+@provokes("… cannot commit: its changes were rolled back at the end of the isolated() block.")
+def commit_after_the_block(make: Any) -> None:
+    app = make()
+    app.init_database()
+    with app.context():
+        with isolated(app):
+            add()
+        session.commit()
+
+
+@provokes("expected … statements, but … were sent:…")
 def miss_a_query() -> None:
     with assert_queries(1):
         pass
 
 
-@provokes("… connections were taken and not given back. Taken here:…")
+@provokes("… connections were checked out and not returned. Checked out here:…")
 def leak(sqlite_engine: Any) -> None:
     kept = []
     try:
@@ -665,10 +844,10 @@ def test_message_is_the_one_of_the_page(
 UNKNOWN = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 #: What options have to be: as far as they can be wrong, the page has an entry for each.
-KINDS = [each for each in vars(settings).values() if isinstance(each, settings.Kind)]
+KINDS = [each for each in vars(kinds).values() if isinstance(each, kinds.Kind)]
 
 
-def can_be_wrong(kind: settings.Kind) -> bool:
+def can_be_wrong(kind: kinds.Kind) -> bool:
     try:
         return bool(kind.types) or (kind.parse is not None and kind.parse("no such thing") is None)
     except Exception:
@@ -677,7 +856,7 @@ def can_be_wrong(kind: settings.Kind) -> bool:
 
 KNOWN = {
     "kind.name": [kind.name for kind in KINDS if can_be_wrong(kind)],
-    "DOTTED.name": [settings.DOTTED.name],
+    "DOTTED.name": [kinds.DOTTED.name],
 }
 
 
@@ -688,6 +867,14 @@ class Reader(ast.NodeVisitor):
         self.module = module
         self.found: list[tuple[int, Message]] = []
         self._assigned: dict[str, list[ast.expr]] = {}
+        self._returned: dict[str, list[ast.expr]] = {}
+
+    def visit_Module(self, node: ast.Module) -> None:
+        for function in node.body:
+            if isinstance(function, ast.FunctionDef):
+                returns = [each.value for each in ast.walk(function) if isinstance(each, ast.Return)]
+                self._returned[function.name] = [value for value in returns if value is not None]
+        self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         outer = self._assigned
@@ -718,8 +905,8 @@ class Reader(ast.NodeVisitor):
             self._note(node, "note of an error", node.args[0])
         elif name == "warnings.warn":
             self._note(node, ast.unparse(node.args[1]), node.args[0])
-        elif name in ("_fail", "_refuse"):
-            self._note(node, f"exit code {1 + (name == '_refuse')}", node.args[0], "error: ")
+        elif name in ("fail", "refuse", "complain"):
+            self._note(node, f"exit code {1 + (name == 'refuse')}", node.args[0], "error: ")
         elif name == "sys.exit":
             self._note(node, "exit code 1", node.args[0])
         for keyword in node.keywords:
@@ -746,20 +933,24 @@ class Reader(ast.NodeVisitor):
         if isinstance(node, ast.JoinedStr):
             return ["".join(parts) for parts in itertools.product(*map(self._texts, node.values))]
         if isinstance(node, ast.FormattedValue):
+            if isinstance(node.value, ast.Call):
+                return self._texts(node.value)
             return KNOWN.get(ast.unparse(node.value), [UNKNOWN])
         if isinstance(node, ast.Name) and node.id in self._assigned:
             return [each for value in self._assigned[node.id] for each in self._texts(value)]
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "without_secrets":
             return self._texts(node.args[0])
+        if isinstance(node, ast.Call) and (function := ast.unparse(node.func)) in self._returned:
+            returned = self._returned.pop(function)  # So that no function is followed into itself.
+            texts = [each for value in returned for each in self._texts(value)]
+            self._returned[function] = returned
+            return texts
         return [UNKNOWN]
 
 
-MODULES = sorted(path.stem for path in Path(sqlasession_middleware.__file__).parent.glob("*.py"))
-
-
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", module_files())
 def test_each_message_of_the_source_is_on_the_page(name: str) -> None:
-    module = importlib.import_module(f"sqlasession_middleware.{name}".removesuffix(".__init__"))
+    module = importlib.import_module(name)
     reader = Reader(module)
     reader.visit(ast.parse(inspect.getsource(module)))
     assert [found for found in reader.found if best(found[1]) is None] == []
@@ -768,6 +959,10 @@ def test_each_message_of_the_source_is_on_the_page(name: str) -> None:
 def test_the_source_is_read() -> None:
     """Each way in which something is said: a reader that finds nothing would find nothing missing."""
     source = """
+def describe(name):
+    return describe(name)
+    return f"the engine {name}"
+
 def say(name):
     problem = f"is {name}."
     raise ConfigurationError("bind", problem)
@@ -775,6 +970,10 @@ def say(name):
     raise ScopeError("No scope" " here")
     logger.exception("%s of %.3f", 1, 2)
     logger.warning("Once")
+    fail("aborted, no tables were dropped.")
+    refuse(f"there is no file {name}.")
+    complain(f"{describe(name)} does not answer")
+    complain(str(name))
     raise error.renamed(name)
 """
     reader = Reader(importlib.import_module("sqlasession_middleware.errors"))
@@ -782,8 +981,12 @@ def say(name):
     said = [message for _, message in reader.found]
     assert said[:1] == [Message("ConfigurationError", f"{UNKNOWN} is {UNKNOWN}.")]
     assert Message("ConfigurationError", f"{UNKNOWN} must be a whole number") in said
-    assert said[-3:] == [
+    assert said[-7:] == [
         Message("ScopeError", "No scope here"),
         Message("logged as an error", f"{UNKNOWN} of {UNKNOWN}"),
         Message("logged as a warning", "Once"),
+        Message("exit code 1", "error: aborted, no tables were dropped."),
+        Message("exit code 2", f"error: there is no file {UNKNOWN}."),
+        Message("exit code 1", f"error: {UNKNOWN} does not answer"),
+        Message("exit code 1", f"error: the engine {UNKNOWN} does not answer"),
     ]

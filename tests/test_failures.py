@@ -6,34 +6,29 @@ import gc
 import os
 import socket
 import sqlite3
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from importlib import import_module
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import URL, Connection, Engine, NullPool, QueuePool, create_engine, event, exc, make_url, text
+from sqlalchemy import URL, Connection, Engine, NullPool, QueuePool, create_engine, event, exc, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
 
 from sqlasession_middleware.failures import Failure, classify
-from tests.conftest import DATABASES_SEEN
+from tests.drivers import ROWS, Row, fake, rows_on
 from tests.ports import free_port
 
 LOST, TRANSIENT, UNAVAILABLE, UNKNOWN = Failure.LOST, Failure.TRANSIENT, Failure.UNAVAILABLE, Failure.UNKNOWN
 
 # Fake errors: every code
-
-
-def fake(module: str, *arguments: Any, **attributes: Any) -> Exception:
-    """An error that looks like one of the driver whose module is named."""
-    base = type("DatabaseError", (Exception,), {"__module__": module.partition(".")[0]})
-    return type("OperationalError", (base,), {"__module__": module, **attributes})(*arguments)
 
 
 def wrapped(error: BaseException, invalidated: bool = False) -> exc.DBAPIError:
@@ -46,14 +41,14 @@ SQLSTATES: dict[Failure | None, str] = {
     UNAVAILABLE: "08001 08004 25006 53300 57P03 58C00",
     UNKNOWN: "08007 40003 XXA00",
     # integrity, schema, login, aborted transaction, cancelled, disk full, internal error, program
-    None: "40002 23505 42P01 28000 28P01 3D000 25P02 57014 53100 XX000 P0001",
+    None: "0A000 40002 23505 42P01 28000 28P01 3D000 25P02 57014 53100 XX000 P0001",
 }
 MYSQL_CODES: dict[Failure | None, str] = {
-    TRANSIENT: "1020 1205 1213 1412 1614 3101 3572",
+    TRANSIENT: "1020 1205 1213 1412 1614 1615 3101 3572",
     LOST: "0 1053 1158 1159 1160 1161 1927 2006 2013 2055 4031",
-    UNAVAILABLE: "1040 1047 1129 1203 1226 1792 1836 2002 2003 2005 2012",
-    # duplicate, missing table, login, unknown database, cancelled, statement timeouts, TLS
-    None: "1062 1146 1044 1045 1130 1698 1049 1317 1969 3024 2026",
+    UNAVAILABLE: "1040 1047 1129 1203 1226 1792 1836 2002 2003 2005 2012 9001 9002 9004 9005 9006 9007 9501",
+    # duplicate, missing table, login, unknown database, cancelled, statement timeouts, TLS, internal, not supported
+    None: "1062 1146 1044 1045 1130 1698 1049 1317 1969 3024 2026 1815 9003",
 }
 SQLITE_CODES: dict[Failure | None, str] = {
     TRANSIENT: "5 261 517 773 6 262 15",
@@ -62,8 +57,12 @@ SQLITE_CODES: dict[Failure | None, str] = {
 }
 
 
-def spread(codes: dict[Failure | None, str]) -> list[Any]:
-    return [pytest.param(code, failure, id=code) for failure, line in codes.items() for code in line.split()]
+#: Each code of each server, a string or a number as its drivers have it.
+CODES: dict[str, dict[Failure | None, list[Any]]] = {
+    "postgresql": {failure: line.split() for failure, line in SQLSTATES.items()},
+    "mariadb": {failure: [int(code) for code in line.split()] for failure, line in MYSQL_CODES.items()},
+    "sqlite": {failure: [int(code) for code in line.split()] for failure, line in SQLITE_CODES.items()},
+}
 
 
 def assert_all_ways(error: Exception, failure: Failure | None) -> None:
@@ -75,23 +74,23 @@ def assert_all_ways(error: Exception, failure: Failure | None) -> None:
         assert classify(each, committing=True) is (UNKNOWN if failure is LOST else failure)
 
 
-@pytest.mark.parametrize(("code", "failure"), spread(SQLSTATES))
-def test_sqlstate(code, failure):
-    assert_all_ways(fake("psycopg.errors", "words", sqlstate=code), failure)
-    assert_all_ways(fake("psycopg2.errors", "words", pgcode=code), failure)
+@pytest.mark.parametrize(
+    ("row", "code", "failure"),
+    [
+        pytest.param(row, code, failure, id=f"{row}-{code}")
+        for row in ROWS
+        for failure, codes in CODES[row.server].items()
+        for code in codes
+    ],
+)
+def test_code(row: Row, code: Any, failure: Failure | None) -> None:
+    assert_all_ways(row.error(code), failure)
 
 
-@pytest.mark.parametrize(("code", "failure"), spread(MYSQL_CODES))
-def test_mysql_code(code, failure):
-    assert_all_ways(fake("pymysql.err", int(code), "words"), failure)
-    assert_all_ways(fake("MySQLdb", int(code), "words"), failure)
-    assert_all_ways(fake("mariadb", "words", errno=int(code)), failure)
-
-
-@pytest.mark.parametrize("module", ["pymysql.err", "MySQLdb", "mariadb"])
-def test_commit_of_a_node_that_was_cut_off(module):
+@pytest.mark.parametrize("row", rows_on("mariadb"))
+def test_commit_of_a_node_that_was_cut_off(row: Row) -> None:
     """Galera's others may have it. Anywhere else than in COMMIT the number says nothing of this."""
-    error = fake(module, 1180, "Error while appending streaming replication fragment", errno=1180)
+    error = row.error(1180)
     for each in (error, wrapped(error)):
         assert classify(each) is None
         assert classify(each, committing=True) is UNKNOWN
@@ -112,11 +111,8 @@ def test_bouncer_without_a_server(words, failure):
         assert classify(error, disconnected=True) is (failure or LOST)
 
 
-@pytest.mark.parametrize(("code", "failure"), spread(SQLITE_CODES))
-def test_sqlite_code(code, failure):
-    assert_all_ways(fake("sqlite3", "words", sqlite_errorcode=int(code)), failure)
-
-
+#: What psycopg has of an error beside its code and words.
+CACHED = SimpleNamespace(source_function="RevalidateCachedQuery")
 AT = 'connection to server at "127.0.0.1", port 5432 failed: '
 
 
@@ -139,6 +135,18 @@ AT = 'connection to server at "127.0.0.1", port 5432 failed: '
         (AT + "FATAL:  server login has been failing, cached error: server conn crashed? (…)", UNAVAILABLE),
         (AT + "FATAL:  server login has been failing, cached error: no such user (server_login_retry)", None),
         (AT + "FATAL:  query_wait_timeout", UNAVAILABLE),
+        (AT + "FATAL:  client_login_timeout (server down)", UNAVAILABLE),
+        (AT + "ERROR:  pgbouncer cannot connect to server", UNAVAILABLE),
+        (AT + "FATAL:  MaxClientsInSessionMode: max clients reached - in Session mode max clients are …", UNAVAILABLE),
+        (AT + "FATAL:  (EMAXCONNSESSION) max clients reached in session mode - max clients are …", UNAVAILABLE),
+        (AT + "FATAL:  Max client connections reached", UNAVAILABLE),
+        (AT + "FATAL:  (EMAXCONN) max client connections reached, limit: 200", UNAVAILABLE),
+        (AT + "FATAL:  (EMAXPROXYCONN) max proxy connections reached, limit: 200", UNAVAILABLE),
+        (AT + "FATAL:  (ECHECKOUTTIMEOUT) Pool checkout timeout. Request was dropped after 60000ms", UNAVAILABLE),
+        (AT + "FATAL:  Tenant or user not found", None),
+        (AT + "FATAL:  failed to create a backend connection", UNAVAILABLE),
+        (AT + "FATAL:  pgpool: all backend nodes are down, pgpool requires at least one valid node", UNAVAILABLE),
+        (AT + "FATAL:  Timed-out waiting to acquire database connection", UNAVAILABLE),
         (AT + "ERROR:  server is not accepting clients, try another node", UNAVAILABLE),
         (AT + 'FATAL:  password authentication failed for user "shop"', None),
         (AT + 'FATAL:  no pg_hba.conf entry for host "10.0.0.1", user "shop", database "shop", no encryption', None),
@@ -169,7 +177,9 @@ AT = 'connection to server at "127.0.0.1", port 5432 failed: '
         (AT + "server closed the connection unexpectedly\n\tThis probably means …", UNAVAILABLE),
         ('connection to server on socket "/s" failed: could not receive data from server: reset', UNAVAILABLE),
         (AT + "server does not support SSL, but SSL was required", None),
+        (AT + "SSL error: unexpected eof while reading", UNAVAILABLE),
         (AT + "SSL error: certificate verify failed", None),
+        (AT + "SSL error: tlsv1 alert unknown ca", None),
         (AT + "fe_sendauth: no password supplied", None),
         ('connection is bad: invalid sslmode value: "nonsense"', None),
         # There was a connection.
@@ -177,8 +187,10 @@ AT = 'connection to server at "127.0.0.1", port 5432 failed: '
         ("FATAL:  terminating connection due to administrator command\nSSL connection has been closed", LOST),
         ("consuming input failed: SSL connection has been closed unexpectedly", LOST),
         ("consuming input failed: SSL SYSCALL error: EOF detected", LOST),
+        ("consuming input failed: SSL error: unexpected eof while reading", LOST),
         ("sending query failed: could not send data to server: Broken pipe", LOST),
         ("the connection is lost", LOST),
+        ("connection socket closed", LOST),
         ("the connection is closed", LOST),
         ("connection already closed", LOST),
         ("", None),
@@ -198,6 +210,20 @@ def test_libpq_without_sqlstate(words, failure):
         (fake("psycopg", "schema version mismatch for table 42: expected 1, got 0", sqlstate="XX000"), TRANSIENT),
         (fake("psycopg", "Catalog Version Mismatch: A DDL occurred while …", sqlstate="XX000"), TRANSIENT),
         (fake("psycopg", "schema version mismatch", sqlstate="42P01"), None),
+        (fake("psycopg", "cached plan must not change result type", sqlstate="0A000"), TRANSIENT),
+        (fake("psycopg2", "cached plan must not change result type", pgcode="0A000"), TRANSIENT),
+        (fake("psycopg", "gecachter Plan darf den Ergebnistyp nicht ändern", sqlstate="0A000", diag=CACHED), TRANSIENT),
+        (fake("psycopg", "cached plan must not change result type", sqlstate="42P01"), None),
+        (fake("psycopg", "FOR UPDATE is not allowed with aggregate functions", sqlstate="0A000"), None),
+        (fake("psycopg", "(ECHECKOUTTIMEOUT) Pool checkout timeout. Request …", sqlstate="XX000"), UNAVAILABLE),
+        (fake("psycopg2", "(EMAXCONN) max client connections reached, limit: 200", pgcode="XX000"), UNAVAILABLE),
+        (fake("pymysql.err", 1815, "Internal error: Session creation failed"), UNAVAILABLE),
+        (fake("MySQLdb", 1815, "Failed to create new router session for service 'rw'"), UNAVAILABLE),
+        (fake("pymysql.err", 1815, "Internal error: Lost connection to backend server: network error"), UNAVAILABLE),
+        (fake("pymysql.err", 1815, "Internal error: System is not ready yet. Please try again."), UNAVAILABLE),
+        (fake("pymysql.err", 1815, "Internal error: st_distance_sphere"), None),
+        (fake("MySQLdb", 2026, "TLS/SSL error: self-signed certificate in certificate chain"), None),
+        (fake("mariadb", "TLS/SSL error: tlsv1 alert protocol version", errno=2026), None),
         (fake("pymysql.err", 1290, "The MariaDB server is running with the --read-only option so …"), UNAVAILABLE),
         (fake("pymysql.err", 1290, "The MySQL server is running with the --super-read-only option so …"), UNAVAILABLE),
         (fake("mariadb", "… with the --read_only option so …", errno=1290), UNAVAILABLE),
@@ -209,9 +235,9 @@ def test_code_that_only_the_message_explains(error, failure):
     assert classify(wrapped(error), committing=True) is failure
 
 
-@pytest.mark.parametrize("module", ["psycopg", "psycopg2", "pymysql.err", "MySQLdb", "mariadb", "sqlite3"])
-def test_connection_that_only_the_dialect_knows_to_be_dead(module):
-    error = fake(module, "words that no table knows")
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_connection_that_only_the_dialect_knows_to_be_dead(row: Row) -> None:
+    error = fake(row.module, "words that no table knows")
     assert classify(wrapped(error)) is None
     assert classify(wrapped(error, invalidated=True)) is LOST
     assert classify(wrapped(error, invalidated=True), disconnected=False) is None
@@ -262,10 +288,10 @@ def raising(self: object) -> Any:
     raise RuntimeError("this cannot be read")
 
 
-@pytest.mark.parametrize("module", ["psycopg", "pymysql.err", "mariadb", "sqlite3"])
-def test_error_that_cannot_be_read(module):
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_error_that_cannot_be_read(row: Row) -> None:
     unreadable = dict.fromkeys(["sqlstate", "pgcode", "errno", "args", "sqlite_errorcode"], property(raising))
-    error = fake(module, __str__=raising, **unreadable)
+    error = fake(row.module, __str__=raising, **unreadable)
     assert classify(error) is None
     assert classify(error, disconnected=True) is LOST
 
@@ -297,11 +323,6 @@ def test_never_raises(module, attributes, base, wrap, committing, connected, dis
 
 
 # Real errors
-
-#: driver's module -> the dialect that uses it
-POSTGRESQL = {"psycopg": "postgresql+psycopg", "psycopg2": "postgresql+psycopg2"}
-MARIADB = {"pymysql": "mariadb+pymysql", "MySQLdb": "mariadb+mysqldb", "mariadb": "mariadb+mariadbconnector"}
-BOTH = {**POSTGRESQL, **MARIADB}
 
 #: Two rows that a test may do anything with. Two runs at the same time do not share it.
 TABLE = f"failures_of_{os.getpid()}"
@@ -343,18 +364,6 @@ class Provoked:
         assert self.verdicts(self.error_of(self.engine.connect)) == {failure}
 
 
-def server(driver: str) -> URL:
-    """The URL of a driver's server. A driver that is not installed fails the test where TEST_ALL_DRIVERS is set."""
-    try:
-        import_module(driver)
-    except ImportError:
-        if os.environ.get("TEST_ALL_DRIVERS"):
-            pytest.fail(f"{driver} is not installed and TEST_ALL_DRIVERS is set")
-        pytest.skip(f"{driver} is not installed: it is compiled, pip install .[drivers]")
-    name = "postgresql" if driver in POSTGRESQL else "mariadb"
-    return make_url(DATABASES_SEEN.url(name, "")).set(drivername=BOTH[driver])
-
-
 @contextmanager
 def table_on(url: URL | str, **options: Any) -> Iterator[Provoked]:
     provoked = Provoked(url, **options)
@@ -371,9 +380,9 @@ def table_on(url: URL | str, **options: Any) -> Iterator[Provoked]:
         provoked.engine.dispose()
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(params=rows_on("postgresql", "mariadb"))
 def any_server(request) -> URL:
-    return server(request.param)
+    return request.param.url()
 
 
 @pytest.fixture
@@ -382,15 +391,15 @@ def rows(any_server) -> Iterator[Provoked]:
         yield provoked
 
 
-@pytest.fixture(params=POSTGRESQL)
+@pytest.fixture(params=rows_on("postgresql"))
 def postgresql(request) -> Iterator[Provoked]:
-    with table_on(server(request.param)) as provoked:
+    with table_on(request.param.url()) as provoked:
         yield provoked
 
 
-@pytest.fixture(params=MARIADB)
+@pytest.fixture(params=rows_on("mariadb"))
 def mariadb(request) -> Iterator[Provoked]:
-    with table_on(server(request.param)) as provoked:
+    with table_on(request.param.url()) as provoked:
         yield provoked
 
 
@@ -521,16 +530,45 @@ def test_host_unknown(any_server):
     Provoked(any_server.set(host="host.invalid")).assert_connecting_is(UNAVAILABLE)
 
 
+#: As much of MariaDB's greeting as asks for TLS ("Initial Handshake Packet").
+GREETING = (
+    b"\x0a5.5.5-10.11.19-MariaDB\0"
+    + struct.pack("<I8sxHBHHB10x12sx", 7, b"nonsense", 0xAA0B, 45, 2, 0x0F, 21, b"and nonsense")
+    + b"mysql_native_password\0"
+)
+
+
+def hang_up_at_once(accepted: socket.socket) -> None:
+    pass
+
+
+def hang_up_in_postgresqls_handshake(accepted: socket.socket) -> None:
+    accepted.recv(8)
+    accepted.sendall(b"S")
+    accepted.recv(4096)
+
+
+def hang_up_in_mariadbs_handshake(accepted: socket.socket) -> None:
+    accepted.sendall(len(GREETING).to_bytes(4, "little") + GREETING)
+    accepted.recv(36)
+    accepted.recv(4096)
+
+
 @contextmanager
-def hanging_up() -> Iterator[int]:
-    """The port of a server that accepts a connection and closes it at once."""
+def hanging_up(after: Callable[[socket.socket], None] = hang_up_at_once) -> Iterator[int]:
+    """The port of a server that accepts a connection and closes it.
+
+    :param after: what it does before.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(30)
 
         def hang_up() -> None:
             try:
                 while True:
-                    listener.accept()[0].close()
+                    accepted, _ = listener.accept()
+                    with accepted, suppress(OSError):
+                        after(accepted)
             except OSError:
                 pass
 
@@ -544,6 +582,28 @@ def hanging_up() -> Iterator[int]:
 def test_server_that_hangs_up_on_new_connections(any_server):
     with hanging_up() as port:
         provoked = Provoked(any_server.set(port=port))
+        error = provoked.error_of(provoked.engine.connect)
+    [(_, facts)] = provoked.seen
+    assert classify(error, **facts) is UNAVAILABLE
+
+
+HANDSHAKES = {"postgresql": hang_up_in_postgresqls_handshake, "mariadb": hang_up_in_mariadbs_handshake}
+#: What makes a driver ask for TLS.
+TLS: dict[str, dict[str, Any]] = {
+    "psycopg": {"sslmode": "require"},
+    "psycopg2": {"sslmode": "require"},
+    "pymysql": {"ssl": {"check_hostname": False}},
+    "MySQLdb": {"ssl_mode": "REQUIRED"},
+    "mariadb": {"ssl": True},
+}
+
+
+@pytest.mark.parametrize("row", rows_on("postgresql", "mariadb"))
+def test_server_that_hangs_up_in_the_handshake_of_tls(row: Row) -> None:
+    """As the load balancer of a server that is restarting does."""
+    with hanging_up(HANDSHAKES[row.server]) as port:
+        url = row.url().set(host="127.0.0.1", port=port)
+        provoked = Provoked(url, connect_args=TLS[row.module])
         error = provoked.error_of(provoked.engine.connect)
     [(_, facts)] = provoked.seen
     assert classify(error, **facts) is UNAVAILABLE
@@ -684,7 +744,13 @@ def test_sqlite_locked(tmp_path):
         assert sqlite.verdicts(error) == {TRANSIENT}
 
 
-@pytest.mark.parametrize("statement", [f"INSERT INTO {TABLE} VALUES (1, 1)", f"SELECT * FROM {TABLE}_missing"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        pytest.param(f"INSERT INTO {TABLE} VALUES (1, 1)", id="unique violation"),
+        pytest.param(f"SELECT * FROM {TABLE}_missing", id="missing table"),
+    ],
+)
 def test_sqlite_mistake_of_the_program(sqlite, statement):
     with sqlite.engine.connect() as connection:
         assert sqlite.verdicts(sqlite.error_of(lambda: connection.execute(text(statement)))) == {None}

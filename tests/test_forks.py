@@ -14,11 +14,11 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import NullPool, create_engine, text
 
-from .test_failures import BOTH, server
+from .drivers import rows_of, rows_on
 
 #: Seconds after which a process of a script tells where it is, and ends: who waits for a lock that was copied does so
 #: for good.
-PATIENCE = 20
+PATIENCE = 60
 
 #: What every script begins with. Scripts say nothing: whatever they write is an error, and so is a warning.
 PRELUDE = f"""
@@ -34,7 +34,8 @@ from multiprocessing import get_context
 
 from sqlalchemy import Column, String, Table, create_engine, event, text
 from sqlasession_middleware import SQLASessionMiddleware, local, local_manager, session
-from sqlasession_middleware import engines, forks, schema, sessions
+from sqlasession_middleware._database import engines, forks, schema
+from sqlasession_middleware._sessions import registry as sessions
 
 URL, TABLE = sys.argv[1:]
 faulthandler.register(signal.SIGALRM, chain=True)
@@ -134,10 +135,10 @@ def run_script(url: str, table: str, script: str, in_uwsgi: bool = False) -> tup
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(params=rows_on("postgresql", "mariadb"))
 def url(request: pytest.FixtureRequest) -> str:
     """The URL of each driver's server in turn."""
-    return server(request.param).render_as_string(hide_password=False)
+    return request.param.url().render_as_string(hide_password=False)
 
 
 @pytest.fixture
@@ -159,8 +160,8 @@ def run(url: str) -> Iterator[Run]:
         connection.execute(text(f"DROP TABLE {table}"))
 
 
-ONE_EACH = pytest.mark.parametrize("url", ["psycopg", "pymysql"], indirect=True)
-POSTGRESQL = pytest.mark.parametrize("url", ["psycopg"], indirect=True)
+ONE_EACH = pytest.mark.parametrize("url", rows_of("psycopg", "pymysql"), indirect=True)
+POSTGRESQL = pytest.mark.parametrize("url", rows_of("psycopg"), indirect=True)
 
 
 def test_parent_goes_on_when_children_were_forked_in_its_transaction(run: Run) -> None:
@@ -292,7 +293,7 @@ def test_thread_goes_on_in_its_shell_when_another_one_forks(run: Run) -> None:
 
 
 # mysqlclient's says goodbye as it is finalized; the others do so only where they were made, or never.
-@pytest.mark.parametrize("url", ["psycopg", "pymysql", "MySQLdb"], indirect=True)
+@pytest.mark.parametrize("url", rows_of("psycopg", "pymysql", "MySQLdb"), indirect=True)
 def test_parent_goes_on_when_its_engine_was_connected_before_it_was_given(run: Run) -> None:
     script = """
         engine = create_engine(URL)
@@ -363,7 +364,7 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("url", ["psycopg", "MySQLdb"], indirect=True)
+@pytest.mark.parametrize("url", rows_of("psycopg", "MySQLdb"), indirect=True)
 @pytest.mark.parametrize("kind", POOLS)
 def test_parent_goes_on_whatever_pool_had_its_connection_before(run: Run, kind: str) -> None:
     script = f"""
@@ -598,29 +599,30 @@ def test_request_is_committed_when_a_child_was_forked_in_it(run: Run) -> None:
 
 
 @POSTGRESQL
-def test_response_goes_on_when_a_child_lets_go_of_it(run: Run) -> None:
+def test_responses_go_on_when_a_child_lets_go_of_them(run: Run) -> None:
     script = """
         def inner(environ, start):
             start("200 OK", [])
-            write("parent")
+            write(environ["name"])
             yield b"1"
             session.commit()
             yield b"2"
 
         def child():
-            global body, steps
-            del body, steps
+            global bodies, steps
+            del bodies, steps
             gc.collect()
 
         app = SQLASessionMiddleware(inner, URL)
-        body = app({"REQUEST_METHOD": "GET"}, lambda *start: None)
-        steps = iter(body)
-        assert next(steps) == b"1"
+        bodies = [app({"REQUEST_METHOD": "GET", "name": name}, lambda *start: None) for name in ("first", "second")]
+        steps = [iter(body) for body in bodies]
+        assert [next(each) for each in steps] == [b"1", b"1"]
         fork(child)
-        assert list(steps) == [b"2"]
-        body.close()
+        assert [list(each) for each in steps] == [[b"2"], [b"2"]]
+        for body in bodies:
+            body.close()
     """
-    run(script, {"parent"})
+    run(script, {"first", "second"})
 
 
 def test_child_and_parent_each_go_on_when_the_database_is_in_memory() -> None:

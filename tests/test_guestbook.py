@@ -267,6 +267,8 @@ def test_it_serves_where_it_says_when_it_is_started_as_a_program(command):
     finally:
         server.terminate()
         rest, logged = server.communicate(timeout=TIMEOUT)
+    # What waitress says of a machine that is too busy to start its threads at once.
+    logged = re.sub(r"^.* WARNING waitress\.queue: Task queue depth is \d+\n", "", logged, flags=re.MULTILINE)
     assert (rest, logged) == ("", "")
 
 

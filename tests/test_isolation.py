@@ -17,8 +17,8 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from sqlasession_middleware import SQLASessionMiddleware, application, local, local_manager, session
-from sqlasession_middleware.closing import ScopeContext
-from sqlasession_middleware.context import Scope, current
+from sqlasession_middleware._lifecycle.context import ScopeContext
+from sqlasession_middleware._scope.scope import Scope, current
 from sqlasession_middleware.errors import ScopeError
 from tests.wsgi import Environ, StartResponse, consume, environ, select_one, start_response
 
@@ -63,6 +63,10 @@ class Owner:
         else:
             assert not session.registry.has()
 
+    def holds(self) -> bool:
+        """Whether it has a connection."""
+        return self.open and self.session is not None
+
 
 class Request(Owner):
     def __init__(self, app: SQLASessionMiddleware, body: str, uses_session: bool) -> None:
@@ -72,6 +76,10 @@ class Request(Owner):
         self.result: Any = None
         self.steps: Any = None
         self.running = False
+
+    def holds(self) -> bool:
+        # A list is complete when it is returned, and has only read.
+        return super().holds() and (self.body != "list" or self.running)
 
     def run(self) -> None:
         action, self.action = self.action, None
@@ -101,7 +109,7 @@ class ApplicationError(Exception):
 class Requests(RuleBasedStateMachine):
     """Opens, steps, closes, nests and abandons requests of two instances of one class and of another application.
 
-    ``seen`` models what is on the Local where no application's code runs: the owner whose scope is there.
+    ``seen`` models what is on the Local where no application's code runs: the context that was entered there.
     """
 
     def __init__(self) -> None:
@@ -133,7 +141,7 @@ class Requests(RuleBasedStateMachine):
         if self.seen is owner and not self.running:
             before = owner.before
             while before is not None and not before.open:
-                before = None if isinstance(before, Request) else before.before
+                before = before.before
             self.seen = before
 
     def inside(self, place: int, action: Callable[[], None]) -> None:
@@ -162,12 +170,8 @@ class Requests(RuleBasedStateMachine):
 
     def call(self, app: SQLASessionMiddleware, body: str, uses_session: bool, by_iter: bool) -> None:
         request = Request(app, body, uses_session)
-        request.before = self.seen
         request.result = app(environ(**{"test.request": request}), start_response)
         request.steps = iter(request.result) if by_iter else request.result
-        in_context = self.seen is not None and self.seen.open and not isinstance(self.seen, Request)
-        if body == "generator" and not self.running and not in_context:
-            self.seen = request
         self.owners.append(request)
         self.look()
 
@@ -190,8 +194,6 @@ class Requests(RuleBasedStateMachine):
         else:
             request.result = request.steps = None
         request.open = False
-        if self.seen is request:
-            self.seen = None  # A finalizer cannot put back what was before.
         self.look()
 
     def fail(self, request: Request) -> None:
@@ -295,7 +297,7 @@ class Requests(RuleBasedStateMachine):
     @invariant()
     def connections_are_those_of_open_scopes(self) -> None:
         for app in self.apps:
-            holding = [owner for owner in self.all_owners() if owner.app is app and owner.open and owner.session]
+            holding = [owner for owner in self.all_owners() if owner.app is app and owner.holds()]
             assert app.engine.pool.checkedout() == len(holding)
 
     def all_owners(self) -> list[Owner]:
@@ -440,7 +442,7 @@ def test_scope_is_right_when_the_body_is_stepped_elsewhere(
 
 
 def test_body_is_not_resumed_when_it_was_closed_elsewhere(sqlite_engine: Engine) -> None:
-    """The context of the call still has the ended scope; it must not come to life again there."""
+    """The context of the call must not bring the ended scope back to life."""
     app = SQLASessionMiddleware(streaming(5, lambda: None), sqlite_engine)
     caller = contextvars.Context()
     result = caller.run(app, environ(**{"test.name": "x", "test.app": app.app}), start_response)
@@ -450,27 +452,28 @@ def test_body_is_not_resumed_when_it_was_closed_elsewhere(sqlite_engine: Engine)
     assert caller.run(next, steps, None) is None
     assert caller.run(next, result, None) is None
     assert caller.run(dict, local) == {}
-    with pytest.raises(ScopeError, match="The request is over"):
+    with pytest.raises(ScopeError, match="No application is bound"):
         caller.run(session)
     consume(caller.run(app, environ(**{"test.name": "y", "test.app": app.app}), start_response))
 
 
-@pytest.mark.parametrize("found", ["nothing", "an empty Local", "a request between two steps"])
+@pytest.mark.parametrize("found", ["nothing", "an empty Local"])
 def test_scope_ends_when_it_is_closed_in_a_copy_of_its_context(sqlite_engine: Engine, found: str) -> None:
     """asyncio copies the context for each task, with the scope in it."""
-    app = SQLASessionMiddleware(streaming(5, lambda: None), sqlite_engine)
+    copies: list[contextvars.Context] = []
+    app = SQLASessionMiddleware(streaming(5, lambda: copies.append(contextvars.copy_context())), sqlite_engine)
     caller = contextvars.Context()
     if found == "an empty Local":
         caller.run(local_manager.cleanup)
-    waiting = caller.run(app, environ(**{"test.name": "w", "test.app": app.app}), start_response)
-    if found != "a request between two steps":
-        waiting.close()
     result = caller.run(app, environ(**{"test.name": "x", "test.app": app.app}), start_response)
-    copy = caller.copy()
+    assert caller.run(next, result) == b"x"
+    (copy,) = copies
+    assert isinstance(copy.run(current.get), Scope)
     copy.run(result.close)
-    assert type(copy.run(current.get)) is (Scope if found == "a request between two steps" else dict)
+    with pytest.raises(ScopeError, match="The request is over"):
+        copy.run(session)
     assert caller.run(dict, local) == {}
-    waiting.close()
+    assert caller.run(next, result, None) is None
     assert sqlite_engine.pool.checkedout() == 0
 
 
@@ -645,3 +648,19 @@ def test_locals_of_the_user_are_cleaned_up_when_they_are_managed(
     assert isinstance(current.get({}), dict)
     assert not isinstance(current.get({}), Scope)
     app.dispose()
+
+
+def test_context_may_be_left_in_a_copy_of_the_context_that_entered_it(sqlite_url: str) -> None:
+    app = SQLASessionMiddleware(lambda environ, start: [], sqlite_url)
+
+    def leave() -> bool:
+        entered.__exit__(None, None, None)
+        return session.registry.has()
+
+    def enter() -> bool:
+        entered.__enter__()
+        session()
+        return contextvars.copy_context().run(leave)
+
+    entered = app.context()
+    assert contextvars.copy_context().run(enter) is False

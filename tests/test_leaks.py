@@ -164,7 +164,7 @@ def test_tells_what_was_not_given_back_and_who_took_it(tmp_path, reports, work, 
     except ZeroDivisionError:
         assert how is fail
     (report,) = reports()
-    assert report.startswith(f"GET '/guests' of {app!r} has ended and not given back 1 of the connections")
+    assert report.startswith(f"GET '/guests' of {app!r} has ended without returning 1 of its connections")
     assert f"in {work.__name__}" in report
     assert "/sqlalchemy/" not in report
     assert TOKEN not in report
@@ -186,7 +186,7 @@ def test_tells_it_of_each_pool(tmp_path, reports, pool):
         use_the_session()
         take_and_give_back()
     (report,) = reports()
-    assert "not given back 1 of the connections" in report
+    assert "without returning 1 of its connections" in report
     assert "in take_connection" in report
 
 
@@ -211,9 +211,17 @@ def test_session_of_an_outer_scope_may_be_first_used_in_an_inner_one(tmp_path, r
             outer.execute(text("SELECT 1"))
             take_connection()
         (report,) = reports()
-        assert "not given back 1 of" in report
+        assert "without returning 1 of" in report
         assert "in take_connection" in report
     assert len(reports()) == 1
+
+
+def test_connection_is_of_the_inner_scope_when_the_outer_one_has_no_session(tmp_path, reports):
+    app = made(tmp_path, use_the_session)
+    with app.context(), app.context():
+        take_connection()
+    (report,) = reports()
+    assert "without returning 1 of" in report
 
 
 def test_context_reports_as_a_request_does(tmp_path, reports):
@@ -241,7 +249,7 @@ def test_what_an_attempt_took_is_told_once_at_the_end(tmp_path, reports):
     app = made(tmp_path, work, transaction={"attempts": 2, "backoff_base": 0})
     assert Client(app).get("/", buffered=True).status_code == 200
     (report,) = reports()
-    assert "not given back 2 of the connections" in report
+    assert "without returning 2 of its connections" in report
 
 
 def raise_locked() -> None:
@@ -260,7 +268,7 @@ def test_an_engine_that_was_given_reports_once_for_two_applications(tmp_path, re
 
     for wrapped in [SQLASessionMiddleware(app, engine, report_leaks=True) for _ in range(2)]:
         Client(wrapped).get("/", buffered=True)
-    assert ["not given back 1 of" in report for report in reports()] == [True, True]
+    assert ["without returning 1 of" in report for report in reports()] == [True, True]
 
 
 def test_tells_nothing_of_what_was_taken_outside_of_requests(tmp_path, reports):
@@ -296,7 +304,7 @@ def test_a_request_that_goes_on_for_long_remembers_nothing_that_was_given_back(t
             with engine.connect():
                 pass
         assert isinstance(scope.checkouts, Checkouts)
-        assert len(scope.checkouts._taken) == 0
+        assert len(scope.checkouts._stacks) == 0
 
 
 def test_ini_key(tmp_path, reports):

@@ -25,7 +25,7 @@ from pyramid.response import Response
 from pyramid_retry import mark_error_retryable
 from repoze.tm import TM
 from sqlalchemy import Engine, ForeignKey, create_engine, event, insert, select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, scoped_session, sessionmaker
 from webtest import TestApp as Browser  # Pytest would take it for a class of tests.
 
@@ -69,6 +69,13 @@ def make_commit_fail(current: Any) -> None:
     current.add(Guest(name="Orphan", host_id=999))
 
 
+def add_taken(current: Any, *, flush: bool) -> None:
+    """Add a row with a key that is taken. The database refuses it in the flush, which is in the commit otherwise."""
+    current.add(Guest(id=1, name="Second"))
+    if flush:
+        current.flush()
+
+
 class Side:
     """One of the two, on an SQLite file."""
 
@@ -92,6 +99,10 @@ class Side:
             connection.execute("PRAGMA foreign_keys = ON")
 
         return engine
+
+    def take_a_key(self) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(insert(Guest.__table__).values(id=1, name="First"))
 
     def names(self) -> list[str]:
         with self.engine.connect() as connection:
@@ -278,6 +289,25 @@ def removes_the_session_in_a_teardown(side: Side) -> list[str]:
     return side.names()
 
 
+@case(FLASK, "An error of the commit reaches no error handler", theirs=["taken"] * 2, ours=["IntegrityError", "taken"])
+def handles_what_the_database_refuses(side: Side) -> list[Any]:
+    """Without a flush, and with one. Only the peer's view has to commit."""
+    side.take_a_key()
+
+    def ask_with(flush: bool) -> Any:
+        def view() -> str:
+            add_taken(side.of_flask, flush=flush)
+            if not side.is_ours:
+                side.of_flask.commit()
+            return "done"
+
+        app = side.flask(view, **({"transaction": True} if side.is_ours else {}))
+        app.register_error_handler(IntegrityError, lambda error: ("taken", 409))
+        return ask(app)
+
+    return [ask_with(flush) for flush in (False, True)]
+
+
 @case(FLASK, "An SQLite file in a folder that does not exist", theirs="OperationalError", ours="ConfigurationError")
 def has_no_folder(side: Side) -> Any:
     def view() -> str:
@@ -317,6 +347,24 @@ def cannot_commit(side: Side) -> Any:
     return status(
         side.pyramid(view, lambda config: config.add_exception_view(lambda error, request: Response(status=409)))
     )
+
+
+@case(PYRAMID, "An error of the commit reaches no exception view", theirs=[409, 409], ours=["IntegrityError", 409])
+def views_what_the_database_refuses(side: Side) -> list[Any]:
+    """Without a flush, and with one."""
+    side.take_a_key()
+
+    def status_with(flush: bool) -> Any:
+        def view(request: Any) -> Response:
+            add_taken(request.dbsession, flush=flush)
+            return Response("done")
+
+        def taken(error: Exception, request: Any) -> Response:
+            return Response(status=409)
+
+        return status(side.pyramid(view, lambda config: config.add_exception_view(taken, context=IntegrityError)))
+
+    return [status_with(flush) for flush in (False, True)]
 
 
 @case(PYRAMID, "A streamed body has its session", theirs="NoTransaction", ours=["Ada", "Bea"])
@@ -493,6 +541,57 @@ def sends_before_it_commits(side: Side) -> tuple[list[bytes], str]:
             sent.append(chunk)
 
     return sent, outcome(serve)
+
+
+def statuses(app: App) -> list[str]:
+    found: list[str] = []
+    consume(app(environ(), lambda status, headers, exc_info=None: found.append(status)))
+    return found
+
+
+def handling(app: App) -> App:
+    """Makes a page of what the database refuses."""
+
+    def handler(environ: Environ, start: StartResponse) -> Iterable[bytes]:
+        try:
+            return [consume(app(environ, start))]
+        except IntegrityError:
+            return answer(start, "409 Conflict")
+
+    return handler
+
+
+@case(
+    REPOZE,
+    "The commit comes before the end of the response, not after it",
+    theirs=["200 OK", "409 Conflict"],
+    ours=["409 Conflict"],
+)
+def is_handled_outside(side: Side) -> list[str]:
+    """With repoze.tm2 the success was sent by then: a server refuses the second status."""
+    side.take_a_key()
+
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        add_taken(side.session, flush=False)
+        return answer(start)
+
+    return statuses(handling(side.repoze(app)))
+
+
+@case(
+    REPOZE,
+    "The commit comes before the end of the response, not after it",
+    theirs=["409 Conflict"],
+    ours=["409 Conflict"],
+)
+def is_handled_inside_after_a_flush(side: Side) -> list[str]:
+    side.take_a_key()
+
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        add_taken(side.session, flush=True)
+        return answer(start)
+
+    return statuses(side.repoze(handling(app)))
 
 
 @case(REPOZE, "The application is called at once", theirs=[], ours=["called"])

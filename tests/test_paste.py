@@ -303,10 +303,21 @@ def test_option_has_its_type_when_sqlalchemy_would_take_the_string(
     assert type(found) is type(expected)
 
 
-def test_ping_is_off_when_an_ini_says_false_for_a_server(configured) -> None:
-    url = {"sqlalchemy.url": "postgresql+psycopg://localhost/shop"}
-    assert configured(url).engine.pool._pre_ping is True
-    assert configured({**url, "sqlalchemy.pool_pre_ping": "false"}).engine.pool._pre_ping is False
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, False),
+        ({"sqlalchemy.pool_pre_ping": "true"}, True),
+        ({"ping_after": "0"}, True),
+        ({"ping_after": "0", "sqlalchemy.pool_pre_ping": "false"}, False),
+        ({"ping_after": "2.5"}, False),
+        ({"ping_after": "none"}, False),
+    ],
+    ids=str,
+)
+def test_ping_is_what_an_ini_says_for_a_server(settings: dict[str, str], expected: bool, configured) -> None:
+    app = configured({"sqlalchemy.url": "postgresql+psycopg://localhost/shop", **settings})
+    assert app.engine.pool._pre_ping is expected
 
 
 def test_isolation_level_holds_when_connected(configured, database_url: str) -> None:
@@ -365,21 +376,22 @@ MISTAKES = {
     "sqlalchemy.pool_recycle": ("", "must be a whole number, got ''."),
     "sqlalchemy.pool_timeout": ("soon", "must be a number of seconds, got 'soon'."),
     "sqlalchemy.pool_pre_ping": ("maybe", "must be true or false, got 'maybe'."),
+    "ping_after": ("60s", "must be a number of seconds from 0, or none, got '60s'."),
     "sqlalchemy.echo": ("loud", "must be true, false or 'debug', got 'loud'."),
     "sqlalchemy.poolclass": (
         "NullPool",
         (
-            "must be the dotted name of something that can be imported, 'package.module:name', got 'NullPool'"
+            "must be the dotted name of an importable object, 'package.module:name', got 'NullPool'"
             " (ModuleNotFoundError: No module named 'NullPool')."
         ),
     ),
     "sqlalchemy.connect_args": (
         "{'password': 'hunter2-s3cret'}",
-        "must be a dict, which an ini cannot hold: set it in Python.",
+        "must be a dict, which an ini file cannot contain: set it in Python.",
     ),
     "session.autoflush": ("maybe", "must be true or false, got 'maybe'."),
     "session.class_": ("tests.paste_apps:metadata", "must be a subclass of Session, got MetaData()."),
-    "session.info": ("{}", "must be a dict, which an ini cannot hold: set it in Python."),
+    "session.info": ("{}", "must be a dict, which an ini file cannot contain: set it in Python."),
     "metadata": (
         "tests.paste_apps:guests",
         "must be a MetaData, such as a declarative Base.metadata, or several, got Table.",
@@ -405,7 +417,7 @@ def test_error_names_the_setting_alone_when_it_is_from_no_file(setting: str, con
 
 
 def test_error_names_the_settings_by_their_prefix_when_all_together_are_wrong(configured) -> None:
-    with pytest.raises(ConfigurationError, match=r"^'session\.\*' are refused by Session: "):
+    with pytest.raises(ConfigurationError, match=r"^'session\.\*' are not accepted by Session: "):
         configured({"sqlalchemy.url": "sqlite:///shop.db", "session.join_transaction_mode": "nosuch"})
 
 
@@ -468,6 +480,9 @@ MALFORMED = [
     "postgresql://shop:{}@localhost:54 32/shop",
     "postgresql://shop:pass@word{}@localhost:x/shop",
     "postgresql://shop:{}@[::1/shop",
+    "postgresql://shop:pass@wo/{}@localhost/shop",
+    "postgresql://shop:pass@wo?{}@localhost/shop",
+    "postgresql://sh/op:{}@localhost/shop",
     "postgresql://shop:x@{}:5432:/shop",
     "postgresql://shop:{}:5432/shop",
     "postgresql://shop@localhost:{}/shop",
@@ -697,8 +712,10 @@ def test_transaction_is_on_when_an_ini_says_so(load: Load, keys: str, committed:
         ("transaction", "perhaps", "must be true or false, got 'perhaps'."),
         ("transaction.attempts", "many", "must be a whole number, got 'many'."),
         ("transaction.attempts", "0", "must be a whole number from 1, got 0."),
+        ("transaction.replay_body_max", "1 MiB", "must be a whole number of bytes, got '1 MiB'."),
+        ("transaction.replay_body_memory", "-1", "must be a whole number of bytes from 0, got -1."),
         ("transaction.atempts", "3", "is not a setting of this middleware; did you mean 'transaction.attempts'?"),
-        ("transaction.commit_veto", "no.such:veto", "must be none, or the dotted name of something that can be"),
+        ("transaction.commit_veto", "no.such:veto", "must be none, or the dotted name of an importable object"),
         ("transaction.retry_on", "builtins:len", "must be exception classes or their dotted names"),
         ("unavailable.retry_after", "soon", "must be a whole number, got 'soon'."),
         ("unavailable.retry_after", "-1", "must be a whole number of seconds from 0, got -1."),

@@ -7,9 +7,11 @@ has real ones.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from sqlalchemy import NullPool, String, create_engine, event, insert, select, text
@@ -18,11 +20,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from werkzeug.test import Client, EnvironBuilder
 
 from sqlasession_middleware import SQLASessionMiddleware, application, on_primary, release, session
+from sqlasession_middleware._database.cookie import LastWrite
 from sqlasession_middleware.errors import ConfigurationError, ScopeError
-from sqlasession_middleware.marks import Mark
 
-from .test_failures import BOTH, POSTGRESQL, server
-from .wsgi import assert_given_back, consume, environ, start_response
+from .drivers import rows_on
+from .wsgi import Environ, StartResponse, assert_given_back, consume, environ, start_response
 
 
 class Base(DeclarativeBase):
@@ -289,8 +291,8 @@ def test_cookie_is_secure_where_the_request_was(make):
 
 def test_later_it_reads_from_replicas_again(make):
     app = make("read", read_your_writes=3)
-    marker = app.routing.replicas.marker
-    name, value = marker.header(Mark(0.0, None), {})
+    marker = app.routing.replicas.cookie
+    name, value = marker.header(LastWrite(0.0, None), {})
     assert name == "Set-Cookie"
     assert ask(app, cookie=value.partition(";")[0])[0] in ("one", "two")
     assert "Max-Age=4;" in value
@@ -309,7 +311,7 @@ COOKIES = [
 @pytest.mark.parametrize("cookie", COOKIES)
 def test_cookie_that_was_forged_or_garbled(make, cookie):
     app = make("read")
-    value = cookie.format(name=app.routing.replicas.marker.name)
+    value = cookie.format(name=app.routing.replicas.cookie.name)
     made = EnvironBuilder().get_environ()
     made["HTTP_COOKIE"] = value
     heads = []
@@ -321,40 +323,42 @@ def test_cookie_that_was_forged_or_garbled(make, cookie):
 def test_last_of_several_cookies_counts(make):
     app = make("read")
     _, cookie = ask(make("write commit"), "POST")
-    old = f"{app.routing.replicas.marker.name}=1"
+    old = f"{app.routing.replicas.cookie.name}=1"
     mark = cookie.partition(";")[0]
     for cookies in (f"{old}; {mark}", f"{mark}; {old}", f"a=b;{mark};c=d"):
         assert ask(app, cookie=cookies)[0] == "primary"
 
 
-def mark_of(app, cookie: str) -> Mark:
+def mark_of(app, cookie: str) -> LastWrite:
     """What a cookie tells the application."""
-    return app.routing.replicas.marker.read({"HTTP_COOKIE": cookie.partition(";")[0]})
+    return app.routing.replicas.cookie.read({"HTTP_COOKIE": cookie.partition(";")[0]})
 
 
-def given_by(app, written: Mark | None, cookie: str) -> list[str]:
+def given_by(app, written: LastWrite | None, cookie: str) -> list[str]:
     """The cookies of a response."""
-    marker = app.routing.replicas.marker
+    marker = app.routing.replicas.cookie
     given = marker.give(written, {"HTTP_COOKIE": cookie}, [])
     return [value for name, value in given if value.startswith(marker.name)]
 
 
-def cookie_of(app, mark: Mark) -> str:
-    return app.routing.replicas.marker.header(mark, {})[1].partition(";")[0]
+def cookie_of(app, mark: LastWrite) -> str:
+    return app.routing.replicas.cookie.header(mark, {})[1].partition(";")[0]
 
 
 NOW = 10**10
 #: What the client knows before, what the request has written, and what the client knows then.
 KNOWN = {
-    "nothing": (None, Mark(NOW, 5), Mark(NOW, 5)),
-    "an earlier position": (Mark(NOW - 60, 4), Mark(NOW, 5), Mark(NOW, 5)),
-    "a position, now a time": (Mark(NOW - 60, 4), Mark(NOW, None), Mark(NOW, 4, is_exact=False)),
+    "nothing": (None, LastWrite(NOW, 5), LastWrite(NOW, 5)),
+    "an earlier position": (LastWrite(NOW - 60, 4), LastWrite(NOW, 5), LastWrite(NOW, 5)),
+    "a position, now a time": (LastWrite(NOW - 60, 4), LastWrite(NOW, None), LastWrite(NOW, 4, is_exact=False)),
     "a position and a time, now a time": (
-        Mark(NOW - 1, 4, is_exact=False), Mark(NOW, None), Mark(NOW, 4, is_exact=False),
+        LastWrite(NOW - 1, 4, is_exact=False), LastWrite(NOW, None), LastWrite(NOW, 4, is_exact=False),
     ),
-    "a position and a time, now a position": (Mark(NOW - 1, 4, is_exact=False), Mark(NOW, 5), Mark(NOW, 5)),
+    "a position and a time, now a position": (
+        LastWrite(NOW - 1, 4, is_exact=False), LastWrite(NOW, 5), LastWrite(NOW, 5),
+    ),
     "a time, now a position that is not the last": (
-        Mark(NOW - 1, 4), Mark(NOW, 5, is_exact=False), Mark(NOW, 5, is_exact=False),
+        LastWrite(NOW - 1, 4), LastWrite(NOW, 5, is_exact=False), LastWrite(NOW, 5, is_exact=False),
     ),
 }  # fmt: skip
 
@@ -367,15 +371,15 @@ def test_cookie_keeps_the_position_of_an_earlier_write(make, name):
     assert mark_of(app, cookie) == after
 
 
-@pytest.mark.parametrize("inner", [Mark(NOW, 7), Mark(NOW - 9, 7, is_exact=False), Mark(NOW, 3)])
+@pytest.mark.parametrize("inner", [LastWrite(NOW, 7), LastWrite(NOW - 9, 7, is_exact=False), LastWrite(NOW, 3)])
 def test_response_has_one_cookie_when_an_inner_application_gave_it(make, inner):
     app = make()
     others = [("Set-Cookie", "theme=dark"), ("X-More", "1")]
-    headers = [others[0], app.routing.replicas.marker.header(inner, {}), others[1]]
-    given = app.routing.replicas.marker.give(Mark(NOW, 5), {}, headers)
+    headers = [others[0], app.routing.replicas.cookie.header(inner, {}), others[1]]
+    given = app.routing.replicas.cookie.give(LastWrite(NOW, 5), {}, headers)
     assert given[:2] == others
     assert len(given) == 3
-    assert mark_of(app, given[2][1]) == Mark(
+    assert mark_of(app, given[2][1]) == LastWrite(
         inner.time if not inner.is_exact else NOW, max(inner.position, 5), inner.is_exact
     )
 
@@ -433,9 +437,9 @@ def test_commit_of_unknown_outcome_is_told(make):
     assert "Set-Cookie" in response.headers
 
 
-@pytest.mark.parametrize("driver", BOTH)
+@pytest.mark.parametrize("driver", rows_on("postgresql", "mariadb"))
 def test_engine_that_is_a_replica_elsewhere_is_written_to(driver):
-    engine = create_engine(server(driver))
+    engine = create_engine(driver.url())
     Base.metadata.create_all(engine)
 
     def write_and_flush(environ, start_response):
@@ -470,11 +474,11 @@ def test_refusal_of_a_replica_is_no_outage(make):
     assert "call on_primary() before it" in raised.value.__notes__[0]
 
 
-@pytest.mark.parametrize("driver", BOTH)
+@pytest.mark.parametrize("driver", rows_on("postgresql", "mariadb"))
 def test_replicas_do_not_inherit_what_they_cannot_have(driver):
     """A hot standby refuses SERIALIZABLE; a creator, or a pool, is the primary's own."""
     options = {"isolation_level": "SERIALIZABLE", "creator": lambda: 1 / 0, "max_overflow": 3}
-    url = server(driver)
+    url = driver.url()
     own = {"url": url, "isolation_level": "SERIALIZABLE"}
     app = SQLASessionMiddleware(App("read"), url, replicas=[url, own], engine_options=options)
     levels = []
@@ -506,7 +510,7 @@ def test_cookie_is_the_databases(make, tmp_path):
     """Applications on one database share it, and others do not overwrite it."""
     app, same = make(), make()
     other = SQLASessionMiddleware(App("read"), f"sqlite:///{tmp_path}/other.db", replicas=["sqlite://"])
-    names = [each.routing.replicas.marker.name for each in (app, same, other)]
+    names = [each.routing.replicas.cookie.name for each in (app, same, other)]
     assert names[0] == names[1] != names[2]
 
 
@@ -584,7 +588,7 @@ def test_session_of_another_application_tells_in_its_own_name(make, tmp_path):
 
     middleware = make(app)
     other = SQLASessionMiddleware(App(""), f"sqlite:///{tmp_path}/one.db", replicas=[f"sqlite:///{tmp_path}/two.db"])
-    names = [each.routing.replicas.marker.name for each in (middleware, other)]
+    names = [each.routing.replicas.cookie.name for each in (middleware, other)]
     assert names[0] != names[1]
     for method in ("GET", "POST"):
         assert ask(middleware, method)[1].startswith(f"{names[0]}=")
@@ -618,6 +622,11 @@ def test_on_primary_without_replicas(sqlite_url):
 
 def break_replica(app, number=0) -> list[bool]:
     """Have new connections to a replica refused, as long as the list is not empty."""
+    return break_engine(app.engines[f"replicas[{number}]"])
+
+
+def break_engine(engine) -> list[bool]:
+    """Have new connections of an engine refused, as long as the list is not empty."""
     broken = [True]
 
     def refuse(dialect, record, arguments, options):
@@ -626,7 +635,6 @@ def break_replica(app, number=0) -> list[bool]:
                 "connection to server at localhost failed: Connection refused. Is the server running?"
             ))  # fmt: skip
 
-    engine = app.engines[f"replicas[{number}]"]
     event.listen(engine, "do_connect", refuse)
     engine.dispose()
     return broken
@@ -643,7 +651,7 @@ def test_replica_out_of_reach_is_passed_over_and_tried_again_later(make, caplog)
     assert {ask(app)[0] for _ in range(20)} == {"two"}  # It is not time yet.
     app.routing.replicas._replicas[0].passed_over_until = 0.001
     assert {ask(app)[0] for _ in range(40)} == {"one", "two"}
-    assert "is back" in caplog.text
+    assert "is reachable again" in caplog.text
 
 
 def test_primary_serves_if_no_replica_is_left(make):
@@ -671,10 +679,10 @@ def test_thread_that_was_handed_the_session_reads_where_the_request_does(make):
     assert ask(middleware)[0] == "primary primary"
 
 
-@pytest.mark.parametrize("driver", POSTGRESQL)
+@pytest.mark.parametrize("driver", rows_on("postgresql"))
 def test_replica_that_does_not_answer_when_it_is_asked_how_far_it_is(driver):
     """Its connection was lost in the pool, and nobody has looked: the driver itself says so."""
-    url = server(driver)
+    url = driver.url()
     app = SQLASessionMiddleware(
         lambda environ, start: [start("200 OK", []), b"%d" % session.scalar(text("SELECT 1"))][1:], url,
         replicas=[url], engine_options={"pool_pre_ping": False},
@@ -683,7 +691,7 @@ def test_replica_that_does_not_answer_when_it_is_asked_how_far_it_is(driver):
         number = connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
     with app.engine.connect() as connection:
         connection.execute(text("SELECT pg_terminate_backend(:number, 5000)"), {"number": number})
-    assert ask(app, cookie=f"{app.routing.replicas.marker.name}=1.1")[0] == "1"
+    assert ask(app, cookie=f"{app.routing.replicas.cookie.name}=1.1")[0] == "1"
     assert app.routing.replicas._replicas[0].passed_over_until
     app.dispose()
 
@@ -729,9 +737,9 @@ def test_replicas_refuse_to_write(make):
     assert ask(middleware)[0] == "refused"
 
 
-@pytest.mark.parametrize("driver", BOTH)
+@pytest.mark.parametrize("driver", rows_on("postgresql", "mariadb"))
 def test_replicas_of_servers_refuse_to_write(driver):
-    url = server(driver)
+    url = driver.url()
     app = SQLASessionMiddleware(App("read"), url, replicas=[url])
     replica = app.engines["replicas[0]"]
     for _ in range(2):  # In each transaction of a connection.
@@ -909,12 +917,12 @@ def test_ini(tmp_path, between):
     assert replicas[1].url.query == {"application_name": "a,b"}
     assert replicas[2].url.database == f"{tmp_path}/c.db"
     assert [each.pool.size() for each in replicas] == [9, 9, 9]
-    assert app.routing.replicas.marker.seconds == 2.5
+    assert app.routing.replicas.cookie.seconds == 2.5
 
 
 INI_MISTAKES = {
     "sqlalchemy.replicas": ("nothing", "'sqlalchemy.replicas' in shop.ini must be a database URL"),
-    "sqlalchemy.replicas.url": (ONE, "'sqlalchemy.replicas.url' in shop.ini is not a setting: the URLs are those of"),
+    "sqlalchemy.replicas.url": (ONE, "'sqlalchemy.replicas.url' in shop.ini is not a setting: list the URLs in"),
     "sqlalchemy.replicas.pol_size": ("7", "'sqlalchemy.replicas.pol_size' in shop.ini is not an option"),
     "sqlalchemy.replicas.pool_size": ("x", "'sqlalchemy.replicas.pool_size' in shop.ini must be a whole number"),
     "sqlalchemy.replica": (ONE, "'sqlalchemy.replica' in shop.ini is not an option of create_engine() for sqlite"),
@@ -934,3 +942,17 @@ def test_mistake_in_an_ini(key):
 def test_options_for_replicas_that_are_not_there():
     with pytest.raises(ConfigurationError, match=r"'sqlalchemy.replicas' in shop.ini is missing"):
         SQLASessionMiddleware.from_config(App("read"), {**INI, "sqlalchemy.replicas.pool_size": "3"})
+
+
+def test_error_page_is_started_with_its_error(sqlite_url: str) -> None:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        try:
+            raise LookupError
+        except LookupError:
+            start("500 Internal Server Error", [("Content-Type", "text/plain")], sys.exc_info())
+        return [b"sorry"]
+
+    started: list[Any] = []
+    wrapped = SQLASessionMiddleware(app, sqlite_url, replicas=[sqlite_url])
+    assert consume(wrapped(environ(), lambda *arguments: started.append(arguments) or (lambda data: None))) == b"sorry"
+    assert [type(arguments[2][1]) for arguments in started] == [LookupError]

@@ -7,17 +7,20 @@ import contextvars
 import gc
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-from sqlalchemy import Connection, String, create_engine, event, select, text
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session
+from sqlalchemy import Connection, Engine, String, create_engine, event, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 from werkzeug.wsgi import ClosingIterator
 
-from sqlasession_middleware import SQLASessionMiddleware, application, local, local_manager, metadata, session, sessions
+from sqlasession_middleware import SQLASessionMiddleware, application, local, local_manager, metadata, session
+from sqlasession_middleware._sessions import registry as sessions
 from sqlasession_middleware.errors import ScopeError, TransactionAborted
+from sqlasession_middleware.testing import isolated
 from tests.wsgi import Environ, RecordedSession, StartResponse, assert_given_back, consume, environ, select_one
 from tests.wsgi import start_response as send_nothing
 
@@ -144,7 +147,7 @@ def test_contexts_nest(app: SQLASessionMiddleware) -> None:
 
 def test_context_is_refused_when_it_is_entered_twice_at_once(app: SQLASessionMiddleware) -> None:
     context = app.context()
-    with context, pytest.raises(ScopeError, match="entered already"):
+    with context, pytest.raises(ScopeError, match="already entered"):
         context.__enter__()
     with context:  # One after the other is fine.
         select_one()
@@ -401,6 +404,33 @@ def test_remove_raises_after_giving_back_when_the_close_fails(sqlite_url: str) -
     app.dispose()
 
 
+def test_connection_is_clean_when_the_database_has_refused_a_commit(sqlite_url: str) -> None:
+    """SQLite leaves the transaction open when a deferred constraint is violated."""
+    engine = create_engine(sqlite_url)
+    event.listen(engine, "connect", lambda connection, record: connection.execute("PRAGMA foreign_keys = ON"))
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE tree (id INTEGER PRIMARY KEY, up REFERENCES tree DEFERRABLE INITIALLY DEFERRED)"
+        )
+
+    def swallowing(environ: Environ, start: StartResponse) -> Iterable[bytes]:
+        session.execute(text("INSERT INTO tree (up) VALUES (2)"))
+        with pytest.raises(IntegrityError):
+            session.commit()
+        return [b""]
+
+    app = SQLASessionMiddleware(swallowing, engine)
+    consume(app(environ(), send_nothing))
+    with app.context():
+        assert not session.connection().connection.dbapi_connection.in_transaction
+        # This row would have made the other one valid.
+        session.execute(text("INSERT INTO tree (id) VALUES (2)"))
+        session.commit()
+        assert session.scalars(text("SELECT id FROM tree")).all() == [2]
+    assert engine.pool.checkedout() == 0
+    engine.dispose()
+
+
 def test_connections_of_every_bind_are_freed_when_the_first_one_fails(tmp_path) -> None:
     """Session.close() stops at the first rollback that raises."""
     engines = [create_engine(f"sqlite:///{tmp_path}/{number}.db") for number in range(3)]
@@ -448,9 +478,130 @@ def test_scoped_session_is_sqlalchemys_own(app: SQLASessionMiddleware) -> None:
         other.close()
 
 
-def test_configure_is_refused_and_names_session_options() -> None:
+#: What sessions are made of: options of the middleware.
+MADE_OF: dict[str, dict[str, Any]] = {
+    "SQLAlchemy's Session": {},
+    "the application's own Session": {"session_options": {"class_": RecordedSession}},
+    "binds": {"binds": {"audit": "sqlite://"}},
+    "replicas": {"replicas": ["sqlite://"]},
+    "binds and replicas": {"binds": {"audit": "sqlite://"}, "replicas": ["sqlite://"]},
+    "replicas and the application's own Session": {
+        "replicas": ["sqlite://"],
+        "session_options": {"class_": RecordedSession},
+    },
+}
+
+
+@contextlib.contextmanager
+def heard(name: str) -> Iterator[list[Session]]:
+    """The sessions that an event of the global session was heard of in the block."""
+    sessions: list[Session] = []
+
+    def hear(each: Session, *more: object) -> None:
+        sessions.append(each)
+
+    event.listen(session, name, hear)
+    try:
+        assert event.contains(session, name, hear)
+        yield sessions
+    finally:
+        event.remove(session, name, hear)
+    assert not event.contains(session, name, hear)
+
+
+@pytest.mark.parametrize("made_of", MADE_OF)
+def test_event_is_heard_when_the_target_is_the_global_session(database_url: str, made_of: str) -> None:
+    """In each session: one made before and one made after, in a request, in a context, in isolation, and by hand."""
+    used: list[Session] = []
+
+    def write() -> None:
+        used.append(session())
+        session.add(Note(content="heard"))
+        session.commit()
+
+    def writing(environ: Environ, start: StartResponse) -> Iterable[bytes]:
+        write()
+        start("200 OK", [])
+        return [b""]
+
+    app = SQLASessionMiddleware(writing, database_url, metadata=Base.metadata, **MADE_OF[made_of])
+    app.init_database()
+    with app.new_session() as before, heard("before_flush") as sessions:
+        before.add(Note(content="heard"))
+        before.flush()
+        before.rollback()
+        for method in ("GET", "POST"):
+            consume(app(environ(method), send_nothing))
+        with app.context():
+            write()
+        with isolated(app):
+            consume(app(environ(), send_nothing))
+        with app.new_session() as after:
+            after.add(Note(content="heard"))
+            after.flush()
+    assert sessions == [before, *used, after]
+    assert len(used) == 4
+    with app.context():
+        write()
+    assert len(sessions) == 6
+    app.drop_database()
+    app.dispose()
+
+
+def test_event_is_heard_when_an_application_was_made_after_the_listener() -> None:
+    class Later(Session):
+        pass
+
+    with heard("after_begin") as sessions:
+        app = SQLASessionMiddleware(nothing, "sqlite://", session_options={"class_": Later})
+        with app.context():
+            select_one()
+            assert sessions == [session()]
+    app.dispose()
+
+
+def test_event_is_not_heard_when_a_session_is_not_of_the_library(sqlite_engine: Engine) -> None:
+    with heard("after_begin") as sessions, Session(sqlite_engine) as other:
+        other.execute(text("SELECT 1"))
+    assert sessions == []
+
+
+def test_object_event_is_heard_when_the_target_is_the_global_session(app: SQLASessionMiddleware) -> None:
+    """These are wrapped by SQLAlchemy, so that they are removed in another way."""
+    with heard("pending_to_persistent") as sessions:
+        with app.context():
+            session.add(Note(content="heard"))
+            session.flush()
+        assert len(sessions) == 1
+    with app.context():
+        session.add(Note(content="unheard"))
+        session.flush()
+    assert len(sessions) == 1
+
+
+def test_session_factory_makes_sessions_of_the_current_application(app: SQLASessionMiddleware) -> None:
+    """As extensions use it that need a Session of their own."""
+    factory = session.session_factory
+    assert isinstance(factory, sessionmaker)
+    assert session.registry.createfunc is factory
+    with pytest.raises(ScopeError):
+        factory()
+    with app.context():
+        with factory.begin() as own:
+            own.add(Note(content="kept"))
+            assert own is not session()
+            assert own.bind is app.engine
+            assert isinstance(own, factory.class_)
+            assert isinstance(own, RecordedSession)
+        assert session.scalars(select(Note.content)).all() == ["kept"]
+        with factory(expire_on_commit=False) as own:
+            assert own.expire_on_commit is False
+
+
+@pytest.mark.parametrize("configure", [session.configure, session.session_factory.configure])
+def test_configure_is_refused_and_names_session_options(configure: Callable[..., None]) -> None:
     with pytest.raises(ScopeError, match=r"session\.configure\(autoflush\).*'session_options'"):
-        session.configure(autoflush=False)
+        configure(autoflush=False)
 
 
 def test_nothing_keeps_session_or_application_alive_after_the_request(sqlite_url: str) -> None:

@@ -24,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased, registry
 from sqlalchemy.schema import CreateTable
 
-from sqlasession_middleware.statements import is_read, is_read_throughout
+from sqlasession_middleware._sessions.statements import is_read, is_read_throughout
 
 metadata = MetaData()
 shop = Table("shop", metadata, Column("id", Integer, primary_key=True), Column("name", String(20)))

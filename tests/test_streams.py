@@ -13,9 +13,9 @@ from sqlalchemy.exc import IntegrityError, PendingRollbackError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqlasession_middleware import SQLASessionMiddleware, application, release, session
+from sqlasession_middleware._sessions.statements import is_read
+from sqlasession_middleware._wsgi.event_stream import unit_ends
 from sqlasession_middleware.errors import ConfigurationError, ScopeError
-from sqlasession_middleware.statements import is_read
-from sqlasession_middleware.streams import unit_ends
 from sqlasession_middleware.transaction import TransactionMiddleware
 
 from .wsgi import Environ, StartResponse, assert_given_back, consume, environ

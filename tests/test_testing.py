@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from textwrap import dedent
 
 import pytest
-from sqlalchemy import Integer, MetaData, String, create_engine, func, insert, make_url, select, text
+from sqlalchemy import Integer, MetaData, String, create_engine, event, func, insert, make_url, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, session
@@ -122,6 +123,53 @@ def test_isolation_may_be_nested(app):
     assert count(app) == 0
 
 
+def test_isolation_may_be_nested_where_the_engine_is_chosen_by_hand(app):
+    def count_by_hand() -> int:
+        with app.context():
+            connection = session.connection(bind_arguments={"bind": app.engine})
+            return connection.scalar(select(func.count(Guest.id)))
+
+    with isolated(app):
+        Client(app).get("/Ada", buffered=True)
+        with isolated(app):
+            assert count_by_hand() == 1
+            Client(app).get("/Grace", buffered=True)
+            assert count_by_hand() == 2
+        assert count_by_hand() == 1
+    assert count(app) == 0
+
+
+def test_session_class_of_the_application(tmp_path):
+    """It chooses its engine as always, and its events are heard, those too that are listened to later."""
+    other = create_engine(f"sqlite:///{tmp_path}/other.db")
+    metadata.create_all(other)
+
+    class OwnSession(Session):
+        def get_bind(self, *arguments, **options):
+            super().get_bind(*arguments, **options)
+            return other
+
+        def connection(self, bind_arguments=None, execution_options=None):
+            heard.append("connection")
+            return super().connection(bind_arguments, execution_options)
+
+    heard = []
+    event.listen(OwnSession, "before_commit", lambda each: heard.append("before_commit"))
+    app = SQLASessionMiddleware(commits, f"sqlite:///{tmp_path}/app.db", session_options={"class_": OwnSession})
+    with isolated(app):
+        event.listen(OwnSession, "after_commit", lambda each: heard.append("after_commit"))
+        assert Client(app).get("/Ada", buffered=True).text == "1"
+        with app.new_session() as opened:
+            assert opened.connection().engine is other
+            assert isinstance(opened, OwnSession)
+            assert type(opened).__name__ == "OwnSession"
+    assert heard == ["before_commit", "after_commit", "connection"]
+    with other.connect() as connection:
+        assert connection.scalar(select(func.count(Guest.id))) == 0
+    app.dispose()
+    other.dispose()
+
+
 def test_veto_inside_of_isolation(database_url):
     app = SQLASessionMiddleware(commits_by_the_middleware, database_url, metadata=metadata, transaction=True)
     app.drop_database()
@@ -202,6 +250,9 @@ CONTRARY = {
     "a level of its own": (serializable, {}),
     "autocommit": (commits, {"engine_options": {"isolation_level": "AUTOCOMMIT"}}),
 }
+if "execution_options" in inspect.signature(Session).parameters:  # since SQLAlchemy 2.1
+    levels = {"execution_options": {"isolation_level": "SERIALIZABLE"}}
+    CONTRARY["a level of its sessions"] = (commits, {"session_options": levels})
 
 
 @pytest.mark.parametrize("name", CONTRARY)
@@ -307,11 +358,9 @@ def ask(engine, expected: int, *statements: str) -> None:
 
 
 def test_assert_queries_shows_the_statements(sqlite_engine):
-    with pytest.raises(
-        AssertionError, match=r"^1 statements were expected, and 2 were sent:\n1. SELECT 1\n2. SELECT 2$"
-    ):
+    with pytest.raises(AssertionError, match=r"^expected 1 statements, but 2 were sent:\n1. SELECT 1\n2. SELECT 2$"):
         ask(sqlite_engine, 1, "SELECT 1", "SELECT 2")
-    with pytest.raises(AssertionError, match=r"and 0 were sent: none$"):
+    with pytest.raises(AssertionError, match=r"but 0 were sent: none$"):
         ask(sqlite_engine, 1)
     with pytest.raises(ZeroDivisionError), assert_queries(1):
         raise ZeroDivisionError
@@ -323,7 +372,7 @@ def test_leak_is_shown_where_it_was_taken(sqlite_engine):
     def take() -> None:
         kept.append(sqlite_engine.connect())
 
-    said = r"1 connections were taken and not given back(.|\n)*in take"
+    said = r"1 connections were checked out and not returned(.|\n)*in take"
     with pytest.raises(AssertionError, match=said) as caught, no_leaks():
         take()
     assert "sqlalchemy/pool" not in str(caught.value)
@@ -382,7 +431,7 @@ def test_plugin(pytester, tmp_path):
     )
     done = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     done.assert_outcomes(passed=4, errors=1)
-    done.stdout.fnmatch_lines(["*1 connections were taken and not given back*", "*in test_leak*"])
+    done.stdout.fnmatch_lines(["*1 connections were checked out and not returned*", "*in test_leak*"])
 
 
 def test_plugin_without_an_application(pytester):

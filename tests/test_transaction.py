@@ -6,7 +6,7 @@ import io
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from sqlalchemy import (
     Engine,
     Integer,
     MetaData,
+    NullPool,
     String,
     Table,
     create_engine,
@@ -33,6 +34,7 @@ from sqlasession_middleware import SQLASessionMiddleware, application, doom, loc
 from sqlasession_middleware.errors import ConfigurationError, ScopeError, TransactionAborted
 from sqlasession_middleware.transaction import TransactionMiddleware, default_commit_veto
 
+from .drivers import under_another_name
 from .wsgi import Environ, StartResponse, assert_given_back, consume, environ
 
 NO_WAIT = {"backoff_base": 0}
@@ -338,7 +340,10 @@ def test_second_head_is_an_error_when_it_has_no_exc_info(make_sqlite: Any) -> No
         call(make_sqlite(app))
 
 
-def test_servers_word_holds_when_a_second_head_comes_too_late(make_sqlite: Any) -> None:
+@pytest.mark.parametrize("raises", [True, False])
+def test_servers_word_holds_when_a_second_head_comes_too_late(make_sqlite: Any, raises: bool) -> None:
+    seen: list[str] = []
+
     def app(environ: Environ, start: StartResponse) -> Iterator[bytes]:
         start("200 OK", PLAIN)
         yield b"x"
@@ -349,12 +354,14 @@ def test_servers_word_holds_when_a_second_head_comes_too_late(make_sqlite: Any) 
             start("500 Internal Server Error", PLAIN, (type(error), error, error.__traceback__))
 
     def start_once(status: str, headers: Any, exc_info: Any = None) -> Callable[[bytes], object]:
-        if exc_info is not None:
+        seen.append(status)
+        if raises and exc_info is not None:
             raise exc_info[1]
         return lambda data: None
 
-    with pytest.raises(ValueError, match="late"):
+    with pytest.raises(ValueError, match="late") if raises else nullcontext():
         consume(make_sqlite(app)(environ(), start_once))
+    assert seen == ["200 OK", "500 Internal Server Error"]
 
 
 @pytest.mark.parametrize("body", [[b"x"], [], iter([b"x"])], ids=["list", "empty", "iterator"])
@@ -864,7 +871,6 @@ def test_page_is_the_frameworks_when_the_last_attempt_fails_too(make_sqlite: Any
             raise_in_the_database()
         except OperationalError:
             session.rollback()
-            add("after")
             return answer(start, "500 Internal Server Error", b"%d" % environ["sqlasession.attempt"])
 
     wrapped = make_sqlite(app, {"attempts": 2, **NO_WAIT})
@@ -964,7 +970,10 @@ def test_session_is_given_up_when_it_cannot_be_rolled_back(make_sqlite: Any, cap
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["the middleware's commit", "the application's commit"])
-def test_aborted_transaction_is_an_error_when_the_application_swallowed_its_cause(server_url: str, own: bool) -> None:
+@pytest.mark.parametrize("kindred", [False, True], ids=["", "dialect of another name"])
+def test_aborted_transaction_is_an_error_when_the_application_swallowed_its_cause(
+    server_url: str, own: bool, kindred: bool
+) -> None:
     def app(environ: Environ, start: StartResponse) -> list[bytes]:
         session.execute(insert(ITEMS).values(id=1, name="first"))
         with pytest.raises(IntegrityError):
@@ -973,12 +982,13 @@ def test_aborted_transaction_is_an_error_when_the_application_swallowed_its_caus
             session.commit()
         return answer(start)
 
-    wrapped = SQLASessionMiddleware(app, server_url, metadata=tables, transaction=True)
+    url = under_another_name(server_url) if kindred else server_url
+    wrapped = SQLASessionMiddleware(app, url, metadata=tables, transaction=True)
     wrapped.drop_database()
     wrapped.init_database()
     try:
-        if wrapped.engine.dialect.name == "postgresql":
-            with pytest.raises(TransactionAborted, match="given it up after an error"):
+        if server_url.startswith("postgresql"):
+            with pytest.raises(TransactionAborted, match="aborted it after an error"):
                 call(wrapped)
             assert names(wrapped) == []
         else:  # Elsewhere an error undoes its own statement and nothing else.
@@ -989,7 +999,8 @@ def test_aborted_transaction_is_an_error_when_the_application_swallowed_its_caus
         wrapped.dispose()
 
 
-def test_deadlock_that_was_swallowed_means_another_attempt(server_url: str) -> None:
+@pytest.mark.parametrize("kindred", [False, True], ids=["", "dialect of another name"])
+def test_deadlock_that_was_swallowed_means_another_attempt(server_url: str, kindred: bool) -> None:
     """MariaDB has rolled back what came before it: to commit what comes after it would be a lie."""
     numbers: list[int] = []
     begun, locked = threading.Event(), threading.Event()
@@ -1013,7 +1024,7 @@ def test_deadlock_that_was_swallowed_means_another_attempt(server_url: str) -> N
 
     def rival() -> None:
         # It has done more than the application, so that MariaDB does not choose it as the victim. PostgreSQL may.
-        with wrapped.engine.connect() as connection, suppress(OperationalError):
+        with create_engine(server_url, poolclass=NullPool).connect() as connection, suppress(OperationalError):
             connection.execute(insert(ITEMS), [{"name": "rival"} for _ in range(200)])
             connection.execute(text("UPDATE transaction_item SET name = 'theirs' WHERE id = 1002"))
             assert begun.wait(30)
@@ -1021,7 +1032,8 @@ def test_deadlock_that_was_swallowed_means_another_attempt(server_url: str) -> N
             connection.execute(text("UPDATE transaction_item SET name = 'theirs' WHERE id = 1001"))
             connection.commit()
 
-    wrapped = SQLASessionMiddleware(app, server_url, metadata=tables, transaction={"attempts": 2, **NO_WAIT})
+    url = under_another_name(server_url) if kindred else server_url
+    wrapped = SQLASessionMiddleware(app, url, metadata=tables, transaction={"attempts": 2, **NO_WAIT})
     wrapped.drop_database()
     wrapped.init_database()
     try:
@@ -1174,6 +1186,7 @@ def test_line_of_the_log_is_one_whatever_the_path_holds(make_sqlite: Any, caplog
         ({"commit_veto": 3}, r"\['commit_veto'\] must be callable, or the dotted name"),
         ({"commit_veto": "no.such:thing"}, r"\['commit_veto'\] must be the dotted name .* got 'no.such:thing'"),
         ({"activate": 3}, r"\['activate'\] must be callable"),
+        ({"commit_failed": 3}, r"\['commit_failed'\] must be callable"),
         ({"retry_on": 3}, r"\['retry_on'\] must be"),
         ({"retry_on": int}, r"\['retry_on'\] must be exception classes or their dotted names"),
         ({"retry_on": [KeyboardInterrupt]}, r"\['retry_on'\] must be exception classes"),
@@ -1205,7 +1218,8 @@ def test_engines_tell_once_when_several_requests_come_at_once(make_sqlite: Any) 
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(list(wrapped.engine.dialect.dispatch.handle_error)) == 1
+    listeners = list(wrapped.engine.dialect.dispatch.handle_error)
+    assert len(listeners) == len(set(listeners)) == 2  # one that is called first, and one that is called last
 
 
 def test_several_applications_share_one_transaction_middleware(tmp_path: Any) -> None:

@@ -49,5 +49,7 @@ def test_types() -> None:
         assert assert_type(request.one_or_404(Guest.select()), Guest) is guest
         assert assert_type(request.one_or_404(select(Guest.name)), str) == "Ada"
         assert assert_type(request.dbsession, Session) is session()
+        assert assert_type(Guest.transient(name="Ada"), Guest) not in session
+        assert assert_type(session.merge(guest), Guest) is guest
         assert assert_type(request.application, SQLASessionMiddleware) is app
     app.dispose()

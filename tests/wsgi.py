@@ -1,4 +1,4 @@
-"""What the tests of this folder share: applications that check their own scope, and a server made of function calls."""
+"""Helpers for the tests in this folder: applications that check their own scope, and a minimal server."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = 
 
 
 def select_one() -> int:
-    """Take a connection into the current session, as any query does."""
+    """Execute a query, so that the current session takes a connection."""
     return session.execute(text("SELECT 1")).scalar_one()
 
 
 class Chunks:
-    """A body that checks its scope in each step, and fails where it is told to.
+    """A body that checks its scope in each step, and raises at a chosen step.
 
-    :param expected: the application and the session that every step has to find.
-    :param fault: "iter", "first step", "later step", "close", or anything else for none.
-    :param error: what is raised there.
+    It expects to find the same application and session in every step.
+
+    :param fault: "iter", "first step", "later step" or "close"; any other value for no error.
+    :param error: the error to raise there.
     """
 
     def __init__(self, fault: str = "", error: BaseException | None = None, length: int = 3) -> None:
@@ -78,14 +79,14 @@ class Chunks:
 
 
 def assert_given_back(engine: Engine) -> None:
-    """No Session is registered or open, and no connection is out of the pool."""
+    """Check that no Session is registered or open, and that no connection is checked out of the pool."""
     assert not session.registry.has()
     assert [each for each in RecordedSession.opened if each.bind is engine and each.in_transaction()] == []
     assert engine.pool.checkedout() == 0
 
 
 def consume(result: Iterable[bytes]) -> bytes:
-    """What a well-behaved server does."""
+    """Read and close a response, as a server does."""
     try:
         return b"".join(result)
     finally:

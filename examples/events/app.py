@@ -1,11 +1,11 @@
-"""A page that shows what others write, as they write it: server-sent events.
+"""A page that shows new messages as they are written: server-sent events.
 
 Run it in this folder, and open http://127.0.0.1:8000/ in two windows::
 
     waitress-serve --listen 127.0.0.1:8000 --threads 50 app:app
     gunicorn --bind 127.0.0.1:8000 --worker-class gthread --threads 50 app:app
 
-Each open page keeps a thread of the server. It keeps no connection: between two events that is back in the pool.
+Each open page occupies a thread of the server, but no connection: between two events, it is back in the pool.
 """
 
 import json
@@ -45,7 +45,7 @@ def app(request):
             session.add(Message(text=text))
             return Response(status=204)
         case "GET", "/events":
-            # What a browser has seen last, when it comes back after its connection was lost.
+            # The last event that a browser has received, if it reconnects.
             last = request.headers.get("Last-Event-ID", "0")
             if not last.isdecimal() or len(last) > 9:
                 raise HTTPBadRequest("Last-Event-ID is the number of an event.")
@@ -58,7 +58,7 @@ def events(last):
         for message in session.scalars(select(Message).where(Message.id > last).order_by(Message.id)).all():
             last = message.id
             yield f"id: {last}\ndata: {json.dumps(message.text)}\n\n".encode()
-        # A comment: with it the connection goes back, and the server notices a reader who has left.
+        # A comment returns the connection, and lets the server notice that the browser has disconnected.
         yield b": waiting\n\n"
         sleep(1)
 

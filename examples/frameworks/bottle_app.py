@@ -1,6 +1,6 @@
-"""Bottle, whose own error pages roll back as well.
+"""Bottle. Its own error pages roll back, too.
 
-Run it in this folder, and sign::
+Run it in this folder, and add a guest::
 
     bottle --bind 127.0.0.1:8000 bottle_app:app
     curl --json '{"name": "Ada"}' http://127.0.0.1:8000/
@@ -29,9 +29,9 @@ def add_guest():
         abort(400, str(error))
     session.add(guest)
     try:
-        session.flush()  # The guest has its number now. The commit comes when the request is known to be a success.
+        session.flush()  # This sets guest.id. The commit follows when the request is known to be a success.
     except IntegrityError:
-        abort(409, "There is a guest of that name.")  # As any 4xx or 5xx, it rolls back.
+        abort(409, "There is a guest of that name.")  # Like any 4xx or 5xx, it rolls back.
     response.status = 201
     response.set_header("Location", book.get_url("guest", number=guest.id))
     return guest.as_dict()

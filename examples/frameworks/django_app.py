@@ -1,6 +1,6 @@
-"""Django in one file: its WSGI handler, URLs and views beside SQLAlchemy, its own database layer unused.
+"""Django in one file: its WSGI handler, URLs and views with SQLAlchemy, without its own database layer.
 
-Run it in this folder, and sign::
+Run it in this folder, and add a guest::
 
     python django_app.py runserver 8000
     curl --json '{"name": "Ada"}' http://127.0.0.1:8000/
@@ -37,12 +37,12 @@ class GuestsView(View):
         try:
             is_json = request.content_type == "application/json"
             guest = Guest.from_fields(json.loads(request.body) if is_json else request.POST)
-        except ValueError as error:  # That it is not JSON is one too.
+        except ValueError as error:  # Invalid JSON raises it, too.
             return HttpResponseBadRequest(str(error), content_type="text/plain; charset=utf-8")
         session.add(guest)
         try:
-            session.flush()  # The guest has its number now. The commit comes when the request is a success.
-        except IntegrityError:  # As any 4xx or 5xx, the answer rolls back.
+            session.flush()  # This sets guest.id. The commit follows when the request is a success.
+        except IntegrityError:  # Like any 4xx or 5xx, the response rolls back.
             return JsonResponse({"error": "There is a guest of that name."}, status=409)
         return JsonResponse(guest.as_dict(), status=201, headers={"Location": reverse("guest", args=[guest.id])})
 

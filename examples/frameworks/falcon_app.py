@@ -1,6 +1,6 @@
-"""Falcon: resources that use the session, and an error handler for what the database refuses.
+"""Falcon: resources that use the session, and an error handler for integrity errors.
 
-Run it in this folder, and sign::
+Run it in this folder, and add a guest::
 
     waitress-serve --listen 127.0.0.1:8000 falcon_app:app
     curl --json '{"name": "Ada"}' http://127.0.0.1:8000/
@@ -20,11 +20,11 @@ class GuestsResource:
 
     def on_post(self, req, resp):
         try:
-            guest = Guest.from_fields(req.get_media())  # JSON or a form, by its Content-Type.
+            guest = Guest.from_fields(req.get_media())  # JSON or a form, depending on the Content-Type.
         except ValueError as error:
             raise falcon.HTTPBadRequest(description=str(error)) from error
         session.add(guest)
-        session.flush()  # The guest has its number now. The commit comes when the request is known to be a success.
+        session.flush()  # This sets guest.id. The commit follows when the request is known to be a success.
         resp.status = falcon.HTTP_CREATED
         resp.location = f"{req.prefix}/{guest.id}"
         resp.media = guest.as_dict()
@@ -39,7 +39,7 @@ class GuestResource:
 
 
 def refuse_taken_name(req, resp, error, params):
-    raise falcon.HTTPConflict(description="There is a guest of that name.")  # As any 4xx or 5xx, it rolls back.
+    raise falcon.HTTPConflict(description="There is a guest of that name.")  # Like any 4xx or 5xx, it rolls back.
 
 
 app = falcon.App()

@@ -1,11 +1,11 @@
 """Flask, without an extension.
 
-Run it in this folder, and sign::
+Run it in this folder, and add a guest::
 
     flask --app flask_app run --port 8000
     curl --json '{"name": "Ada"}' http://127.0.0.1:8000/
 
-What is wrapped is ``wsgi_app``, so that ``app`` stays Flask's: ``flask run`` and ``app.test_client()`` go through it.
+The middleware wraps ``wsgi_app``, so ``app`` is still a Flask object: ``flask run`` and ``app.test_client()`` use it.
 """
 
 from flask import Flask, abort, request, url_for
@@ -30,7 +30,7 @@ def add_guest():
     except ValueError as error:
         abort(400, str(error))
     session.add(guest)
-    session.flush()  # The guest has its number now. The commit comes when the request is known to be a success.
+    session.flush()  # This sets guest.id. The commit follows when the request is known to be a success.
     return guest.as_dict(), 201, {"Location": url_for("show_guest", number=guest.id)}
 
 
@@ -41,7 +41,7 @@ def show_guest(number):
 
 @app.errorhandler(IntegrityError)
 def refuse_taken_name(error):
-    return {"error": "There is a guest of that name."}, 409  # As any 4xx or 5xx, it rolls back.
+    return {"error": "There is a guest of that name."}, 409  # Like any 4xx or 5xx, it rolls back.
 
 
 app.wsgi_app = database = SQLASessionMiddleware(

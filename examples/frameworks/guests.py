@@ -1,6 +1,6 @@
-"""What the applications of this folder share: a table, and what a client may write into it.
+"""Shared by the applications in this folder: a table, and the check of what a client sends.
 
-Nothing here knows of requests, of sessions or of a framework.
+Nothing in this module depends on requests, sessions or a framework.
 """
 
 import os
@@ -24,9 +24,9 @@ class Guest(Base):
 
     @classmethod
     def from_fields(cls, fields):
-        """A guest made of a form, or of whatever JSON can hold.
+        """Create a guest from a form, or from any JSON value.
 
-        :raises ValueError: if that is no guest; the message is for the client.
+        :raises ValueError: if the fields are not valid; the message is for the client.
         """
         name = fields.get("name") if isinstance(fields, Mapping) else None
         if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > 40:

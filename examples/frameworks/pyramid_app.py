@@ -1,6 +1,6 @@
-"""Pyramid, with the session as ``request.dbsession``, and neither pyramid_tm nor zope.sqlalchemy.
+"""Pyramid, with the session as ``request.dbsession``, without pyramid_tm and zope.sqlalchemy.
 
-Run it in this folder, and sign::
+Run it in this folder, and add a guest::
 
     waitress-serve --listen 127.0.0.1:8000 pyramid_app:app
     curl --json '{"name": "Ada"}' http://127.0.0.1:8000/
@@ -31,10 +31,10 @@ class Guests:
         request = self.request
         try:
             guest = Guest.from_fields(request.json if request.content_type == "application/json" else request.POST)
-        except ValueError as error:  # That it is not JSON, or not UTF-8, is one too.
+        except ValueError as error:  # Invalid JSON or UTF-8 raises it, too.
             raise HTTPBadRequest(str(error)) from error
         request.dbsession.add(guest)
-        request.dbsession.flush()  # The guest has its number now. The commit comes when the request is a success.
+        request.dbsession.flush()  # This sets guest.id. The commit follows when the request is a success.
         request.response.status = 201
         request.response.location = request.route_path("guest", number=guest.id)
         return guest.as_dict()
@@ -50,7 +50,7 @@ def show_guest(request):
 
 @exception_view_config(IntegrityError, renderer="json")
 def refuse_taken_name(error, request):
-    request.response.status = 409  # As any 4xx or 5xx, it rolls back.
+    request.response.status = 409  # Like any 4xx or 5xx, it rolls back.
     return {"error": "There is a guest of that name."}
 
 

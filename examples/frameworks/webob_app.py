@@ -1,6 +1,6 @@
-"""No framework: WebOb's requests and responses. The library's request adds ``dbsession`` and ``get_or_404()``.
+"""WebOb's requests and responses without a framework. The library's request adds ``dbsession`` and ``get_or_404()``.
 
-Run it in this folder, and sign::
+Run it in this folder, and add a guest::
 
     waitress-serve --listen 127.0.0.1:8000 webob_app:app
     curl --json '{"name": "Ada"}' http://127.0.0.1:8000/
@@ -37,13 +37,13 @@ def list_guests(request):
 def add_guest(request):
     try:
         guest = Guest.from_fields(request.json if request.content_type == "application/json" else request.POST)
-    except ValueError as error:  # That it is not JSON, or not UTF-8, is one too.
+    except ValueError as error:  # Invalid JSON or UTF-8 raises it, too.
         raise HTTPBadRequest(str(error)) from error
     request.dbsession.add(guest)
     try:
-        request.dbsession.flush()  # The guest has its number now. The commit comes when the request is a success.
+        request.dbsession.flush()  # This sets guest.id. The commit follows when the request is a success.
     except IntegrityError as error:
-        raise HTTPConflict("There is a guest of that name.") from error  # As any 4xx or 5xx, it rolls back.
+        raise HTTPConflict("There is a guest of that name.") from error  # Like any 4xx or 5xx, it rolls back.
     return Response(json=guest.as_dict(), status=201, location=f"{request.application_url}/{guest.id}")
 
 

@@ -1,4 +1,4 @@
-"""A guestbook: a small application that shows how sqlasession_middleware is used.
+"""A guestbook: a small application that shows how to use sqlasession_middleware.
 
 Read ``models.py`` and ``app.py`` first, then ``development.ini``.
 """

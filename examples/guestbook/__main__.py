@@ -16,7 +16,7 @@ DEVELOPMENT_INI = Path(__file__).with_name("development.ini")
 
 
 def port_number(text: str) -> int:
-    """Waitress would take 99999 for another port."""
+    """Check the range: waitress would listen on another port for 99999."""
     port = int(text)
     if not 0 <= port <= 65535:
         raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535, not {port}")
@@ -40,14 +40,14 @@ def main() -> None:
         server_settings["port"] = arguments.port
     host, port = server_settings["host"], server_settings["port"]
     try:
-        # The ini's waitress#main would do this too, but would not say which port it was given.
+        # The ini's waitress#main would do the same, but not report its port.
         server = create_server(app, **server_settings)
     except (OSError, ValueError) as error:
         sys.exit(
             f"Cannot serve on {host}:{port}, which is 'port' of [server:main] in {ini.name}: {error}."
             " Choose another port: make demo PORT=8080, or python -m guestbook --port 8080."
         )
-    port = getattr(server, "effective_port", port)  # A host with several addresses has a server without one.
+    port = getattr(server, "effective_port", port)  # The attribute is missing for a host with several addresses.
     print(f"Guestbook on http://{host}:{port}/ (stop with Ctrl-C)", flush=True)
     server.run()
 

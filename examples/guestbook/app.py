@@ -1,6 +1,7 @@
-"""The guestbook: a list of entries, a form, and all of it as a CSV file.
+"""The guestbook: a list of entries, a form, and a CSV export.
 
-``session`` is the current request's Session. Nothing here opens or closes it, and what is not committed is undone.
+``session`` is the Session of the current request. This module never opens or closes it; what is not committed is rolled
+back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ EXPORT_BATCH = 500
 
 
 class Guestbook(Site):
-    """One guestbook. Where it keeps its entries is the middleware's business: see ``development.ini``."""
+    """One guestbook. The middleware determines its database: see ``development.ini``."""
 
     def __init__(self, title: str, color: str) -> None:
         super().__init__(title, color)
@@ -57,18 +58,18 @@ class Guestbook(Site):
         )
 
     def sign(self, request: Request) -> Response:
-        """Add an entry, or show the form again with what is wrong in it."""
+        """Add an entry, or show the form again with its errors."""
         form = EntryForm.from_fields(read_fields(request))
         if form.errors:
             return self.list_entries(request, form, status=422)
         entry = Entry(name=form.name, message=form.message)
         session.add(entry)
         session.commit()
-        # To another page: reloading this one would write the entry once more.
+        # Redirect, because reloading this page would add the entry again.
         return HTTPSeeOther(location=f"{request.application_url}/#entry-{entry.id}")
 
     def _create_tables(self) -> None:
-        """At the first request. Threads and processes that do this at once do not disturb each other."""
+        """Create the tables at the first request. Threads and processes may do this at the same time."""
         if not self._tables_exist:
             application.init_database()
             self._tables_exist = True
@@ -93,7 +94,7 @@ def read_fields(request: Request) -> dict[str, object]:
 
 
 def export() -> Response:
-    """All entries, oldest first. They are read while they are sent, so they need not fit into memory."""
+    """Export all entries, oldest first. They are read while they are sent, so they need not fit into memory."""
     return Response(
         app_iter=csv_chunks(),
         content_type="text/csv",
@@ -103,10 +104,10 @@ def export() -> Response:
 
 
 def csv_chunks() -> Iterator[bytes]:
-    # The server steps through this after the application has returned. The session is open until the last step.
+    # The server iterates over this after the application has returned. The session stays open until the end.
     yield csv_lines([("written", "name", "message")])
     oldest_first = select(Entry).order_by(Entry.id).execution_options(yield_per=EXPORT_BATCH)
-    with session.scalars(oldest_first) as entries:  # A reader who goes away leaves this block with the body's close().
+    with session.scalars(oldest_first) as entries:  # If the client disconnects, close() of the body ends this block.
         for batch in entries.partitions():
             yield csv_lines([(f"{entry.written.isoformat()}Z", entry.name, entry.message) for entry in batch])
 

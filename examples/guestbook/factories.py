@@ -1,4 +1,4 @@
-"""What ``use = call:guestbook:…`` in an ini file calls."""
+"""The functions that ``use = call:guestbook:…`` in an ini file calls."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .pages import Site
 def guestbook(global_conf: Mapping[str, str], title: str = "Guestbook", color: str = "grey") -> Guestbook:
     """A ``paste.app_factory``.
 
-    :param title: what the guestbook is called.
+    :param title: the title of the guestbook.
     :param color: red, blue or grey.
     """
     return Guestbook(title, color)
 
 
 def mount(loader: Any, global_conf: Mapping[str, str], **sections: str) -> DispatcherMiddleware:
-    """A ``paste.composite_factory``: guestbooks side by side, and at ``/`` a page that leads to them.
+    """A ``paste.composite_factory``: guestbooks side by side, and a page at ``/`` that links to them.
 
     :param sections: path -> the ini's section with the application, ``/red = red``.
     """
@@ -32,7 +32,7 @@ def mount(loader: Any, global_conf: Mapping[str, str], **sections: str) -> Dispa
 
 
 class Landing(Site):
-    """The page that leads to the guestbooks. It needs no database."""
+    """The page that links to the guestbooks. It needs no database."""
 
     def __init__(self, books: Mapping[str, Guestbook]) -> None:
         super().__init__("Guestbooks", "grey")

@@ -1,4 +1,4 @@
-"""The form for a new entry: what was typed, and what is wrong with it."""
+"""The form for a new entry: its fields and its errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .models import MESSAGE_LENGTH, NAME_LENGTH
 
 @dataclass
 class EntryForm:
-    """The fields as they were typed, and an error message for each that cannot be used."""
+    """The fields as they were entered, and an error message for each invalid one."""
 
     name: str = ""
     message: str = ""
@@ -18,7 +18,7 @@ class EntryForm:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, object]) -> EntryForm:
-        """Read and check what a browser sent."""
+        """Read and check the fields that a browser sent."""
         form = cls(name=" ".join(read_text(fields, "name").split()), message=read_text(fields, "message").strip())
         if not form.name:
             form.errors["name"] = "Please tell us your name."
@@ -35,7 +35,7 @@ class EntryForm:
 
 def read_text(fields: Mapping[str, object], name: str) -> str:
     value = fields.get(name)
-    if not isinstance(value, str):  # It is missing, or a file was uploaded in its place.
+    if not isinstance(value, str):  # It is missing, or it is an uploaded file.
         return ""
-    # PostgreSQL cannot store NUL in a text; browsers end lines with both characters.
+    # PostgreSQL cannot store NUL in text; browsers end lines with CRLF.
     return value.replace("\0", "").replace("\r\n", "\n")

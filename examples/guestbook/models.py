@@ -1,4 +1,4 @@
-"""The guestbook's one table."""
+"""The table of the guestbook."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ MESSAGE_LENGTH = 2000
 
 
 def utc_now() -> datetime:
-    """The time in UTC, without saying so: not every database can keep a time zone."""
+    """The current time in UTC, without a time zone: not every database can store one."""
     return datetime.now(UTC).replace(tzinfo=None, microsecond=0)
 
 
 class Base(DeclarativeBase):
-    """The models of this package, in the metadata that ``application.init_database()`` creates."""
+    """The base of this package's models. It uses the metadata that ``application.init_database()`` creates."""
 
     metadata = sqlasession_middleware.metadata
 
 
 class Entry(Base):
-    """What one guest wrote."""
+    """An entry written by a guest."""
 
     __tablename__ = "guestbook_entry"
 

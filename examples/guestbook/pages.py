@@ -1,4 +1,4 @@
-"""What all applications of this package share: pages made from templates, and errors shown as pages."""
+"""Shared by all applications of this package: pages rendered from templates, and error pages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ templates = Environment(
 
 
 class Site:
-    """A WSGI application with a title and a color; what it answers is up to :meth:`respond`."""
+    """A WSGI application with a title and a color. Subclasses implement :meth:`respond`."""
 
     def __init__(self, title: str, color: str) -> None:
         self.title = title
@@ -33,21 +33,21 @@ class Site:
         request = Request(environ)
         try:
             response = self.respond(request) if request.path_info else HTTPFound(add_slash=True)
-        except UnicodeDecodeError:  # WebOb decodes the address and the form when they are first looked at.
+        except UnicodeDecodeError:  # WebOb decodes the address and the form at their first use.
             response = self.error_page(request, HTTPBadRequest("The request holds text that is not UTF-8."))
         except HTTPError as error:
             response = self.error_page(request, error)
         return response(environ, start_response)
 
     def respond(self, request: Request) -> Response:
-        """Answer a request.
+        """Respond to a request.
 
-        :raises HTTPError: to be shown as a page.
+        :raises HTTPError: it is shown as a page.
         """
         raise NotImplementedError
 
     def render(self, request: Request, template: str, **values: object) -> str:
-        """A page. Its links begin with ``url``, which is where this application is mounted."""
+        """Render a page. Its links begin with ``url``, the address at which this application is mounted."""
         return templates.get_template(template).render(site=self, url=request.application_url, **values)
 
     def error_page(self, request: Request, error: HTTPError) -> Response:

@@ -1,7 +1,7 @@
 """Alembic's environment: it migrates the database of the application that an ini file describes.
 
-The application is loaded as a server would load it, and asked for its engine and its tables: the URL, the options of
-the engine and the models have no second place.
+The application is loaded as a server would load it, and provides its engine and its tables. So the URL, the options of
+the engine and the models are configured in one place only.
 
     alembic -c development.ini upgrade head
     alembic -c development.ini check
@@ -17,7 +17,7 @@ ini = Path(context.config.config_file_name).resolve()
 app = loadapp(f"config:{ini}")
 options = {
     "target_metadata": app.metadata,
-    "render_as_batch": app.engine.dialect.name == "sqlite",  # Which cannot alter a table, but copy it.
+    "render_as_batch": app.engine.dialect.name == "sqlite",  # SQLite cannot alter a table in place: copy it.
 }
 
 try:

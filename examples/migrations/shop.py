@@ -1,6 +1,6 @@
-"""The application of ``development.ini``: the names of a shop's products, one of which a POST adds.
+"""The application of ``development.ini``: it lists the names of a shop's products; a POST adds one.
 
-Its tables are Alembic's business: nothing calls ``init_database()``.
+Alembic creates the tables, so nothing calls ``init_database()``.
 """
 
 from sqlalchemy import String, select

@@ -1,13 +1,11 @@
-"""Three MariaDB servers that are one Galera cluster, and HAProxy in front of them, all of the tests' own."""
+"""Three MariaDB servers that form a Galera cluster, behind HAProxy, started for the tests."""
 
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -19,15 +17,16 @@ import pymysql
 from sqlalchemy import URL, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
+from ..ports import free_port
 from .own_servers import OwnMariaDB, program
 from .servers import PATIENCE
 
 NODES = 3
-#: HAProxy's own: it has no password and no privilege, and needs none.
+#: HAProxy's database user. It has no password and no privileges, because it needs none.
 CHECKER = "checker"
 
-# While a node that has died is not given up ("suspect_timeout", five seconds by default), no COMMIT ends on the others.
-# With much less, a node that a busy machine does not let run is taken for dead.
+# Until the other nodes give up a dead node ("suspect_timeout", five seconds by default), their COMMITs do not end. With
+# a much shorter timeout, a node that a busy machine does not run is considered dead.
 GROUP = {
     "evs.keepalive_period": "PT0.5S",
     "evs.inactive_check_period": "PT0.25S",
@@ -38,36 +37,24 @@ GROUP = {
 }
 
 
-def lasting_port() -> int:
-    """A free port that stays free while nobody listens there, and hundreds of connections are made and closed.
-
-    The system gives none to a client that is below the range for clients (Linux: ip_local_port_range).
-    """
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
 class Node(OwnMariaDB):
     """One server of the cluster.
 
-    The first one makes the cluster. The others begin with an empty folder and are sent a copy of another's, by rsync; a
-    node that comes back is sent what it has missed.
+    The first node creates the cluster. The others start with an empty folder and receive a copy of another node's, by
+    rsync. A node that rejoins receives the changes that it has missed.
 
-    :param cluster: all nodes, this one not yet.
+    :param cluster: the nodes that were started before.
     """
 
     def __init__(self, folder: Path, cluster: list[Node]) -> None:
         self.name = f"node{len(cluster)}"
         self.cluster = cluster
-        #: where it stopped, for the others to know what it has missed
+        #: the position where it stopped, which tells the others what it has missed
         self.position: str | None = None
-        #: for the cluster's own messages, for what was missed, for a copy
-        self.group_port, self.missed_port, self.copy_port = lasting_port(), lasting_port(), lasting_port()
+        #: ports for the cluster's own messages, for missed changes, for copies
+        self.group_port, self.missed_port, self.copy_port = free_port(), free_port(), free_port()
         self.provider = program("libgalera_smm.so", "/usr/lib/galera", "/usr/lib64/galera-4", "/usr/lib64/galera")
-        program("rsync")  # Else it would be missed only in a log.
+        program("rsync")  # Without this check, only a log would show that it is missing.
         self.process = None
         try:
             super().__init__(folder)
@@ -76,7 +63,7 @@ class Node(OwnMariaDB):
             raise
 
     def initialize(self) -> None:
-        self.port = lasting_port()
+        self.port = free_port()
         if self.cluster:
             self.mariadbd = self.cluster[0].mariadbd
             self.data.mkdir()
@@ -95,7 +82,7 @@ class Node(OwnMariaDB):
             "ist.recv_addr": f"127.0.0.1:{self.missed_port}",
         }
         settings = {
-            "tmpdir": self.folder,  # A server that starts removes what others have in the folder of all.
+            "tmpdir": self.folder,  # In a shared folder, a server that starts removes the files of others.
             "wsrep_on": "ON",
             "wsrep_provider": self.provider,
             "wsrep_provider_options": ";".join(f"{name}={value}" for name, value in provider_options.items()),
@@ -106,8 +93,8 @@ class Node(OwnMariaDB):
             "wsrep_sst_receive_address": f"127.0.0.1:{self.copy_port}",
             "binlog_format": "ROW",
             "innodb_autoinc_lock_mode": 2,
-            "innodb_log_file_size": "8M",  # It is a part of what is copied.
-            # Enough where it is the process that is killed, and not the machine.
+            "innodb_log_file_size": "8M",  # It is copied as well.
+            # Sufficient if only the process is killed, not the machine.
             "innodb_flush_log_at_trx_commit": 2,
             "innodb_lock_wait_timeout": 5,
         }
@@ -119,14 +106,14 @@ class Node(OwnMariaDB):
         ]
 
     def start(self) -> None:
-        """Return when it has all that the others have, and takes part."""
+        """Return when the node is up to date and takes part in the cluster."""
         super().start()
         self.wait_until_synced()
 
     def wait_until_synced(self) -> None:
         deadline = time.monotonic() + PATIENCE
         while True:
-            with suppress(DBAPIError):  # One that is not ready refuses what SQLAlchemy asks first.
+            with suppress(DBAPIError):  # A node that is not ready refuses SQLAlchemy's first statement.
                 if self.status("local_state_comment") == "Synced":
                     return
             assert time.monotonic() < deadline, self.log.read_text(errors="replace")
@@ -134,7 +121,7 @@ class Node(OwnMariaDB):
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """Out of the others' reach, but not of its clients'. In the end it has caught up with the others again."""
+        """Disconnect the node from the others, but not from its clients. It catches up at the end of the block."""
         options = {"host": "127.0.0.1", "port": self.port, "user": self.administrator}
         with closing(pymysql.connect(**options, autocommit=True)) as connection, closing(connection.cursor()) as cursor:
             cursor.execute("SET GLOBAL wsrep_provider_options = 'gmcast.isolate=1'")
@@ -145,7 +132,7 @@ class Node(OwnMariaDB):
                 self.wait_until_synced()
 
     def recover(self) -> None:
-        """Find out where it stopped, as the unit of systemd and mysqld_safe do: without it, all would be copied."""
+        """Find out where it stopped, as the systemd unit and mysqld_safe do: otherwise, all data would be copied."""
         self.position = None
         done = subprocess.run(
             [*self.command(), "--wsrep-recover"],
@@ -163,11 +150,11 @@ class Node(OwnMariaDB):
     def close(self) -> None:
         if self.process is not None:
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # With the scripts that send and receive copies.
+                os.killpg(self.process.pid, signal.SIGKILL)  # Includes the scripts that send and receive copies.
         super().close()
 
     def ask(self, query: str) -> str:
-        """The last column of a query's one row."""
+        """The last column of the only row of a query."""
         engine = create_engine(self.administration, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             return str(connection.execute(text(query)).one()[-1])
@@ -190,7 +177,7 @@ class Balancer:
     """HAProxy, on a port of its own."""
 
     def __init__(self, haproxy: str, folder: Path, nodes: list[Node]) -> None:
-        self.port = lasting_port()
+        self.port = free_port()
         self.log = folder / "log"
         self.configuration = folder / "haproxy.cfg"
         self.configuration.write_text(self.configure(nodes))
@@ -204,9 +191,9 @@ class Balancer:
             )
 
     def configure(self, nodes: list[Node]) -> str:
-        # The check asks what matters: "wsrep_local_state", 4 where the node is Synced. A node that is cut off, is sent
-        # what it has missed or sends a copy of all accepts connections and logins as well, and so passes for healthy
-        # with "check" and "option mysql-check". The usual script behind HTTP (clustercheck) would be one more program.
+        # The check reads "wsrep_local_state", which is 4 if the node is Synced. A node that is cut off, that receives
+        # missed changes or that sends a copy also accepts connections and logins, so "check" and "option mysql-check"
+        # consider it healthy. The usual script behind HTTP (clustercheck) would require another program.
         login = (CLIENT_PROTOCOL_41 | CLIENT_SECURE_CONNECTION).to_bytes(4, "little") + (1 << 24).to_bytes(4, "little")
         login += b"\x21" + bytes(23) + CHECKER.encode() + b"\0" + b"\0"  # UTF-8, no password.
         query = COM_QUERY + b"SHOW STATUS LIKE 'wsrep_local_state'"
@@ -224,17 +211,17 @@ class Balancer:
             "    option redispatch 1",
             "listen galera",
             f"    bind 127.0.0.1:{self.port}",
-            # Connections of a pool live long: one that came back gets the new ones until it has its share.
+            # A pool's connections live long: a node that has rejoined gets new connections until it has its share.
             "    balance leastconn",
             "    option tcp-check",
             "    tcp-check connect",
             "    tcp-check expect binary 0000000a",  # The greeting: packet 0, version 10 of the protocol.
             f"    tcp-check send-binary {_packet(1, login)}",
             "    tcp-check expect binary 00000200",  # OK, packet 2.
-            # With the end of the connection behind it: else a wrong answer would be waited for as a late one is.
+            # Ends with COM_QUIT: otherwise, HAProxy would wait after a wrong answer as it does for a late one.
             f"    tcp-check send-binary {_packet(0, query)}{_packet(0, COM_QUIT)}",
             f"    tcp-check expect binary {synced.hex()}",
-            # Else whoever is connected to a node that was cut off would go on waiting for it.
+            # Otherwise, clients of a node that was cut off would continue to wait for it.
             "    default-server inter 250ms fall 3 rise 2 on-marked-down shutdown-sessions",
             *(f"    server {node.name} 127.0.0.1:{node.port} check" for node in nodes),
         ]
@@ -248,7 +235,7 @@ class Balancer:
 class Cluster:
     """Nodes and balancer, all of them running.
 
-    :param stack: closes all of it.
+    :param stack: closes them at its end.
     """
 
     def __init__(self, stack: ExitStack) -> None:
@@ -268,11 +255,11 @@ class Cluster:
 
     @property
     def url(self) -> URL:
-        """Whichever node the balancer chooses."""
+        """The balancer's URL: leads to any node."""
         return self.nodes[0].url.set(port=self.balancer.port)
 
     def wait_until_balanced(self, nodes: list[Node]) -> None:
-        """Return when the balancer hands out all of these nodes, and no other."""
+        """Return when the balancer uses exactly these nodes."""
         expected = {node.name for node in nodes}
         deadline = time.monotonic() + PATIENCE
         while (found := {self._connect() for _ in range(2 * NODES)}) != expected:
@@ -282,7 +269,7 @@ class Cluster:
             time.sleep(0.02)
 
     def _connect(self) -> str:
-        """The name of the node that the balancer has chosen, or what happened instead."""
+        """The name of the node that the balancer has chosen, or the error."""
         try:
             with create_engine(self.url, poolclass=NullPool).connect() as connection:
                 return str(connection.scalar(text("SELECT @@wsrep_node_name")))
@@ -293,7 +280,7 @@ class Cluster:
         node.stop(node.crash)
 
     def rejoin(self, node: Node) -> None:
-        """Return when it has all that the others have, and takes part."""
+        """Return when the node is up to date and takes part in the cluster."""
         node.recover()
         node.start()
 

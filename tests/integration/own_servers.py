@@ -1,4 +1,4 @@
-"""Database servers of the tests' own, each in a folder and on a port of its own, to be stopped and started again."""
+"""Database servers that the tests start, stop and restart, each in a folder and on a port of its own."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ import pytest
 from sqlalchemy import URL, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
+from ..databases import DATABASES_SEEN
 from ..ports import free_port
 from .servers import PATIENCE
 
-#: One that is nowhere by accident.
+#: A random password, so that it does not occur anywhere by accident.
 PASSWORD = f"secret-{uuid4().hex}"
 
 
 class OwnServer:
     """A database server in a folder and on a port of its own.
 
-    It runs as the operating system's user that its package has made: as root it would refuse to run. Where the tests
-    are not run as root it is theirs.
+    If the tests run as root, the server runs as the system user of its package, because it refuses to run as root.
+    Otherwise, it runs as the tests' user.
     """
 
     drivername: ClassVar[str]
-    #: of the database and of the operating system
+    #: the users of the database and of the operating system
     administrator: ClassVar[str]
     account: ClassVar[str]
-    #: how it is told to stop, and how it is ended as if its machine had lost its power
+    #: the signals to stop it, and to end it as if the machine had lost power
     shutdown: ClassVar[signal.Signals]
     crash: ClassVar[signal.Signals]
 
@@ -56,7 +57,7 @@ class OwnServer:
         try:
             self.initialize()
         except BaseException:
-            self.close()  # It may have been started for that, and nobody else knows it yet.
+            self.close()  # It may be running already, and the caller has no reference to it yet.
             raise
 
     def initialize(self) -> None:
@@ -64,7 +65,7 @@ class OwnServer:
         raise NotImplementedError
 
     def command(self) -> list[str]:
-        """What starts the server."""
+        """The command that starts the server."""
         raise NotImplementedError
 
     @property
@@ -85,7 +86,7 @@ class OwnServer:
         assert done.returncode == 0, done.stdout
 
     def start(self) -> None:
-        """Return when it answers."""
+        """Start the server. Returns when it answers."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command(),
@@ -93,7 +94,7 @@ class OwnServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the tests: they stop it.
+                start_new_session=True,  # Ctrl-C must reach only the tests, which stop the server.
                 **self.user,
             )
         deadline = time.monotonic() + PATIENCE
@@ -101,6 +102,7 @@ class OwnServer:
         while True:
             try:
                 with engine.connect():
+                    DATABASES_SEEN.ran.add(self.administration.get_backend_name())
                     return
             except DBAPIError:
                 assert self.process.poll() is None, self.log.read_text(errors="replace")
@@ -112,7 +114,7 @@ class OwnServer:
         return self.url.set(username=self.administrator, database=self.administrator)
 
     def stop(self, how: signal.Signals) -> None:
-        """Return when it has ended."""
+        """Stop the server. Returns when it has ended."""
         if self.process is not None:
             self.process.send_signal(how)
             self.process.wait(PATIENCE)

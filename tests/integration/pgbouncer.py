@@ -1,4 +1,4 @@
-"""PgBouncer in transaction mode, in front of the tests' PostgreSQL: a pool that each transaction borrows from."""
+"""PgBouncer in transaction mode, in front of the tests' PostgreSQL: each transaction borrows a pooled connection."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .own_servers import OwnServer, program
 
 
 class PgBouncer(OwnServer):
-    """A bouncer, which sends its clients' transactions to the database that ``backend`` names.
+    """A PgBouncer, which sends its clients' transactions to the database of the URL ``backend``.
 
-    :param settings: what differs from PgBouncer's defaults.
+    :param settings: settings that differ from PgBouncer's defaults.
     """
 
     drivername = "postgresql+psycopg"
@@ -35,7 +35,7 @@ class PgBouncer(OwnServer):
     def initialize(self) -> None:
         self.pgbouncer = program("pgbouncer", "/usr/sbin", "/usr/local/sbin")
         with create_engine(self.backend, poolclass=NullPool).connect() as connection:
-            # The driver knows what the URL leaves to it.
+            # The driver knows the parts that the URL omits.
             driver_connection: Any = connection.connection.dbapi_connection
             info = driver_connection.info
             user, password, host, port, database = info.user, info.password, info.host, info.port, info.dbname
@@ -46,7 +46,7 @@ class PgBouncer(OwnServer):
             "listen_addr": "127.0.0.1",
             "listen_port": self.port,
             "unix_socket_dir": "",
-            # It knows the users, and believes that a client is the one that it says.
+            # It knows the users, and trusts the name that a client gives.
             "auth_type": "trust",
             "auth_file": users,
             "pool_mode": "transaction",
@@ -68,12 +68,12 @@ class PgBouncer(OwnServer):
 
     @property
     def administration(self) -> URL:
-        """The database: that of the bouncer itself, ``pgbouncer``, is none that SQLAlchemy could speak to."""
+        """The URL of the database, because SQLAlchemy cannot use PgBouncer's own, ``pgbouncer``."""
         return self.client
 
     @property
     def said(self) -> str:
-        """What went wrong in its eyes."""
+        """The log without routine messages about clients and servers."""
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(line for line in lines if " LOG C-" not in line and " LOG S-" not in line)
 

@@ -1,9 +1,9 @@
 """A proxy between an application and its database that breaks a connection at a chosen message.
 
-In: where the database is, and a :class:`Cut`. Out: an address for the application, and what went through as
-:class:`Message` objects. It knows where the messages of PostgreSQL's protocol 3 ("Message Formats") and of MySQL's
-("MySQL Packets") begin and end, and which of them are COMMIT and its answer. TLS is declined for PostgreSQL, and must
-not be asked for with MySQL: packets would be unreadable.
+It takes the address of the database and a :class:`Cut`. It provides an address for the application, and records the
+traffic as :class:`Message` objects. It can split PostgreSQL's protocol 3 ("Message Formats") and MySQL's ("MySQL
+Packets") into messages, and recognizes COMMIT and its answer. It declines TLS for PostgreSQL. With MySQL, the client
+must not ask for TLS, because the packets would be unreadable.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Message:
 class Cut:
     """Where to break a connection.
 
-    :param number: of the message, as in :class:`Message`.
+    :param number: the number of the message, as in :class:`Message`.
     :param when: "before": none of it is forwarded; "during": half; "after": all.
     :param commit: count only the messages that are COMMIT or the answer to it.
     :param every: break every connection that gets there, not only the first one.
@@ -69,7 +69,7 @@ class Cut:
 class PostgreSQL:
     """Protocol 3: a type byte, then the length of the rest. The client's first message has no type."""
 
-    #: SSLRequest and GSSENCRequest, which stand where the start-up message is expected.
+    #: SSLRequest and GSSENCRequest, which a client may send before the start-up message.
     ENCRYPTION = (80877103, 80877104)
 
     def __init__(self) -> None:
@@ -87,6 +87,10 @@ class PostgreSQL:
         head = await reader.readexactly(5)
         return head + await reader.readexactly(int.from_bytes(head[1:]) - 4)
 
+    def is_flush(self, data: bytes) -> bool:
+        """Whether a message is a Flush: it has no answer, and it is a matter of time whether psycopg sends it."""
+        return data[:1] == b"H"
+
     def note(self, sender: Sender, data: bytes, number: int) -> tuple[str, bool]:
         """The kind of a message, and whether it belongs to a COMMIT."""
         if sender == "client" and number == 1 and data[0] == 0:
@@ -103,7 +107,7 @@ class PostgreSQL:
 
 
 class MySQL:
-    """Packets: three bytes of length, one of sequence. The server speaks first; a command begins a sequence anew."""
+    """Packets: three bytes of length, one of sequence. The server sends first; a command restarts the sequence."""
 
     QUERY = 3
 
@@ -114,9 +118,12 @@ class MySQL:
         head = await reader.readexactly(4)
         return head + await reader.readexactly(int.from_bytes(head[:3], "little"))
 
+    def is_flush(self, data: bytes) -> bool:
+        return False
+
     def note(self, sender: Sender, data: bytes, number: int) -> tuple[str, bool]:
         if sender == "server":
-            # One packet, OK or ERR, is all of the answer.
+            # The answer is a single packet, OK or ERR.
             belongs, self.committing = self.committing, False
             return "", belongs
         command = data[4] if data[3] == 0 and len(data) > 4 else None
@@ -130,14 +137,16 @@ PROTOCOLS = {"postgresql": PostgreSQL, "mariadb": MySQL, "mysql": MySQL}
 
 @dataclass(eq=False)
 class Link:
-    """One connection: the client's socket, the database's, and what has gone through."""
+    """One connection: the client's socket, the database's socket, and the messages so far."""
 
     ident: int
     protocol: PostgreSQL | MySQL
     readers: dict[Sender, asyncio.StreamReader]
-    #: by who has sent what is written there
+    #: by the sender of the data that is written there
     writers: dict[Sender, asyncio.StreamWriter]
     severed: bool = False
+    #: whether the next message of the client is answered with a reset, and nothing more is forwarded
+    forgotten: bool = False
     numbers: dict[Sender, int] = field(default_factory=lambda: {"client": 0, "server": 0})
     commits: dict[Sender, int] = field(default_factory=lambda: {"client": 0, "server": 0})
 
@@ -148,7 +157,7 @@ class Link:
         return Message(self.ident, sender, self.numbers[sender], kind, self.commits[sender] if belongs else 0)
 
     def sever(self, reset: bool) -> None:
-        """End it for both sides. What the database still sends is read and dropped, until it has closed its side."""
+        """End the connection for both sides. Further data of the database is dropped until it closes its side."""
         self.severed = True
         to_client = self.writers["server"]
         if reset:
@@ -173,7 +182,7 @@ class Proxy:
         self.cut: Cut | None = None
         #: how many connections were cut since watch()
         self.hits = 0
-        #: what was read since watch()
+        #: the messages that were read since watch()
         self.messages: list[Message] = []
         self._links: set[Link] = set()
         self._opened = 0
@@ -196,7 +205,7 @@ class Proxy:
             self._loop.close()
 
     def watch(self, cut: Cut | None = None) -> None:
-        """Count from here on, also on the connections that are open, and cut where ``cut`` says."""
+        """Restart the counts, also those of open connections, and cut at ``cut``."""
 
         async def watch() -> None:
             self.cut, self.hits, self.messages = cut, 0, []
@@ -236,6 +245,15 @@ class Proxy:
 
         self._run(sever)
 
+    def forget(self) -> None:
+        """Forget all connections, as a firewall does: nobody is told, and who sends on one of them gets a reset."""
+
+        async def forget() -> None:
+            for link in self._links:
+                link.forgotten = True
+
+        self._run(forget)
+
     def wait_until(self, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not done():
@@ -243,11 +261,11 @@ class Proxy:
             time.sleep(0.001)
 
     def wait_until_severed(self) -> None:
-        """Return when the database has done what it will do on the connections that were cut."""
+        """Return when the database has closed the connections that were cut."""
         self.wait_until(lambda: not any(link.severed for link in tuple(self._links)))
 
     def wait_until_closed(self) -> None:
-        """Return when there is no connection any more."""
+        """Return when all connections are closed."""
         self.wait_until(lambda: not self._links)
 
     def _run(self, work: Callable[[], Awaitable[None]]) -> None:
@@ -274,7 +292,7 @@ class Proxy:
         except OSError:
             to_client.close()
             return
-        # asyncio sets it only where the socket names its protocol; without, each message waits for an acknowledgement.
+        # asyncio sets it only if the socket has a protocol number. Without it, messages wait for acknowledgements.
         to_client.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._opened += 1
         link = Link(
@@ -298,8 +316,13 @@ class Proxy:
         with suppress(OSError, asyncio.IncompleteReadError):
             while not link.severed:
                 data = await link.protocol.read(sender, reader, lambda: link.writers["server"].write(b"N"))
+                if link.forgotten:
+                    link.sever(reset=True)
                 if link.severed:
                     break
+                if sender == "client" and link.protocol.is_flush(data):
+                    writer.write(data)
+                    continue
                 message = link.message(sender, data)
                 self.messages.append(message)
                 cut = self.cut

@@ -1,10 +1,10 @@
-"""What the servers of these tests serve: one application class, twice with the middleware and once without.
+"""The application that the servers of these tests serve, twice with the middleware and once without.
 
-``/a`` and ``/b`` are two instances with an engine each, ``/bare`` answers like ``/a`` but has no middleware, and
-``/admin``, outside of both, tells what is left of their requests. An application checks in every step that the
-scope is its own, and what it finds wrong is in ``/admin`` as well.
+``/a`` and ``/b`` are two instances with an engine each. ``/bare`` answers like ``/a``, but has no middleware.
+``/admin``, outside of both, reports what their requests have left behind. An application checks in every step that the
+scope is its own, and ``/admin`` also reports the problems that it finds.
 
-Run as a program it is one of the servers that have no command of their own.
+Run as a program, this module starts one of the servers that have no command of their own.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from sqlalchemy.orm import Session
 from werkzeug.wsgi import FileWrapper
 
 from sqlasession_middleware import SQLASessionMiddleware, application, local, session
-from sqlasession_middleware.context import NOTHING, current
+from sqlasession_middleware._scope.scope import NOTHING, current
 
-#: Threads of every server that has some: eight streams at once, and someone to ask how they are.
+#: Threads of every server that has threads: for eight streams at once, and for ``/admin``.
 THREADS = 10
 #: Connections of each engine.
 POOL_SIZE = 5
-#: More than what the kernel buffers for a socket (tcp_wmem and a small receive buffer), so a reader that waits
-#: makes the server wait.
+#: A stream is larger than the kernel's buffers for a socket (tcp_wmem and a small receive buffer), so a reader that
+#: waits makes the server wait.
 STREAM_STEPS = 96
 CHUNK = 128 * 1024
 
@@ -47,11 +47,11 @@ SETTINGS: dict[str, Any] = json.loads(os.environ.get("SERVED", '{"urls": {}}'))
 
 
 class OnPurposeError(Exception):
-    """What the application raises on purpose."""
+    """The error that the application raises on purpose."""
 
 
 class CountedSession(Session):
-    """A Session that is counted until it is closed, and known for as long as anything keeps it."""
+    """A Session that is counted until it is closed, and recorded until it is garbage collected."""
 
     open: ClassVar[set[int]] = set()
     alive: ClassVar[WeakSet[CountedSession]] = WeakSet()
@@ -81,9 +81,9 @@ class Failures(logging.Handler):
 
 
 class Body:
-    """A body whose ``close()`` looks at its scope, and may fail.
+    """A body whose ``close()`` checks its scope, and may fail.
 
-    :param close: called where the body is closed.
+    :param close: called when the body is closed.
     """
 
     open: ClassVar[set[int]] = set()
@@ -112,7 +112,7 @@ class SizedBody(Body):
 
 
 class Served:
-    """The application. A route is a method; ``ident`` names the request, and nobody else's has the same."""
+    """The application. A route is a method; ``ident`` identifies the request and is unique."""
 
     problems: ClassVar[list[str]] = []
 
@@ -133,7 +133,7 @@ class Served:
         local.steps = []
 
     def check(self, ident: str) -> None:
-        """Whatever was stored for this request is found, and it is this request's."""
+        """Check that the scope has this request's values."""
         mine = WRAPPED[self.name]
         found = local.ident, session.info.get("ident"), application._get_current_object(), session.get_bind()
         if found != (ident, ident, mine, mine.engine):
@@ -144,7 +144,7 @@ class Served:
         return session.execute(statement).scalar_one()
 
     def answer(self, ident: str, step: object = 0) -> bytes:
-        """One line that only this request gets, with a word from its database."""
+        """A line that only this request gets, with a value from its database."""
         self.check(ident)
         owner = self.scalar(select(self.table.c.owner).where(self.table.c.id == 1))
         self.check(ident)
@@ -244,7 +244,7 @@ class Served:
         yield b""
 
     def route_error_mid(self, environ: WSGIEnvironment, start_response: StartResponse, ident: str) -> Iterable[bytes]:
-        """The length is that of an answer that never comes whole."""
+        """The Content-Length is longer than the answer, which breaks off."""
         start_response("200 OK", [TEXT, ("Content-Length", "1000000")])
         return self.break_off(ident)
 
@@ -263,7 +263,7 @@ class Served:
     def route_killed(
         self, environ: WSGIEnvironment, start_response: StartResponse, ident: str, then: str
     ) -> Iterable[bytes]:
-        """The database ends this request's connection, and then the response just ends, or asks for more."""
+        """The database ends this request's connection. Then the response ends, or executes another statement."""
         self.answer(ident)
         kill_connection(self.scalar(select(connection_number())))
         if then == "error":
@@ -272,7 +272,7 @@ class Served:
         return (self.answer(ident, step) for step in range(3)) if then == "error-mid" else [b"killed"]
 
     def route_timeout(self, environ: WSGIEnvironment, start_response: StartResponse, ident: str) -> Iterable[bytes]:
-        """A greenlet's timeout, no Exception, comes while the driver waits for the database."""
+        """A greenlet's timeout, which is not an Exception, is raised while the driver waits for the database."""
         import gevent
 
         sleep = func.sleep if session.get_bind().dialect.name in ("mysql", "mariadb") else func.pg_sleep
@@ -282,17 +282,17 @@ class Served:
 
 
 class Bare(Served):
-    """The same answers with no middleware around them, and so with no session and no Local."""
+    """The same answers without the middleware, and so without a session or a Local."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.engine = create_engine(SETTINGS["urls"][name])
 
     def begin(self, ident: str) -> None:
-        """Nothing: there is no scope."""
+        """Do nothing, because there is no scope."""
 
     def check(self, ident: str) -> None:
-        """Nothing, either."""
+        """Do nothing, because there is no scope."""
 
     def remember(self, ident: str) -> Iterator[bytes]:
         for step in range(5):
@@ -314,7 +314,7 @@ def connection_number() -> Any:
 
 
 def kill_connection(number: int) -> None:
-    """Return when the database has no such connection any more."""
+    """Have the database end a connection. Returns when the connection has ended."""
     engine = create_engine(SETTINGS["urls"]["a"], poolclass=NullPool, isolation_level="AUTOCOMMIT")
     if engine.dialect.name == "postgresql":
         kill = "SELECT pg_terminate_backend(:number)"
@@ -332,7 +332,7 @@ def kill_connection(number: int) -> None:
 
 def admin(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
-        # A server that prints errors as the interpreter does leaves the last one here, with all that its frames held.
+        # A server that prints errors as the interpreter does keeps the last one here, with the objects of its frames.
         sys.__dict__.pop(name, None)
     gc.collect()
     found = {
@@ -360,19 +360,19 @@ def wrapped(name: str) -> SQLASessionMiddleware:
     )
 
 
-#: Whether a request's file got to the server as it was, by ident.
+#: Whether a request's file reached the server unchanged, by ident.
 UNWRAPPED: dict[str, bool] = {}
 WRAPPED = {name: wrapped(name) for name in SETTINGS["urls"]}
 MOUNTS: dict[str, Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]]] = {"admin": admin, **WRAPPED}
 if WRAPPED:
     MOUNTS["bare"] = Bare("a")
-    # Python says nothing of these by default, and here each is a response that nobody closed.
+    # Python hides these warnings by default. Here each of them is a response that was not closed.
     warnings.filterwarnings("always", "A response or context of", ResourceWarning)
     logging.getLogger("sqlasession_middleware").addHandler(Failures())
 
 
 def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """What the server calls. It returns what the middleware returned, and nothing around it."""
+    """The application for the server. It returns the middleware's result without a wrapper."""
     left = current.get(NOTHING)
     if left is not NOTHING:
         Served.problems.append(f"a request before {environ['PATH_INFO']} left {left} on the Local")
@@ -388,7 +388,7 @@ def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[byt
 def serve_waitress(port: int) -> None:
     import waitress
 
-    # It would buffer a whole stream for a slow reader otherwise.
+    # Otherwise, it would buffer a whole stream for a slow reader.
     waitress.serve(app, host="127.0.0.1", port=port, threads=THREADS, outbuf_high_watermark=1 << 20)
 
 
@@ -410,6 +410,11 @@ def serve_a2wsgi(port: int) -> None:
 
     uvicorn.run(WSGIMiddleware(app, workers=THREADS), host="127.0.0.1", port=port)
 
+
+if WRAPPED:
+    # The present objects stay alive, so /admin/ does not have to search them for garbage at every request.
+    gc.collect()
+    gc.freeze()
 
 if __name__ == "__main__":
     globals()[f"serve_{sys.argv[1]}"](int(sys.argv[2]))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from .served import CHUNK, STREAM_STEPS, THREADS
 
 ROOT = Path(__file__).parents[2]
 MODULE = "tests.integration.served"
-#: For whatever has to happen soon: long, because it is only waited for where something is wrong.
-PATIENCE = 20.0
+#: Seconds to wait for anything that should happen soon. Long, because only a failing test waits this long.
+PATIENCE = 60.0
 
 Command = Callable[[int], list[str]]
 
@@ -37,7 +37,7 @@ def own_command(name: str) -> Command:
 
 
 def gunicorn_command(worker: str, *options: str) -> Command:
-    # Its control socket has one place for all the user's servers.
+    # All servers of a user would share one path for the control socket.
     control = ["--no-control-socket"] if gunicorn.version_info >= (25, 1) else []
     return lambda port: [
         *(sys.executable, "-m", "gunicorn", f"{MODULE}:app", "--bind", f"127.0.0.1:{port}"),
@@ -49,7 +49,7 @@ def uwsgi_command(port: int) -> list[str]:
     return [
         *(os.path.join(sysconfig.get_path("scripts"), "uwsgi"), "--http-socket", f"127.0.0.1:{port}"),
         *("--home", sys.prefix, "--pythonpath", str(ROOT), "--module", f"{MODULE}:app", "--need-app"),
-        # A reader that waits longer than four seconds is gone otherwise.
+        # Otherwise, a reader that waits longer than four seconds is disconnected.
         *("--threads", str(THREADS), "--socket-timeout", "60", "--die-on-term"),
     ]
 
@@ -58,9 +58,9 @@ def uwsgi_command(port: int) -> list[str]:
 class Kind:
     """A server to test.
 
-    :param streams: how many it can have open at once while it still answers others.
+    :param streams: the number of streams that it can have open while it still answers other requests.
     :param file_wrapper: whether it has a ``wsgi.file_wrapper``.
-    :param hangs_up: whether it closes a connection that its answer did not say it would.
+    :param hangs_up: whether it closes connections without announcing it in its answer.
     """
 
     name: str
@@ -86,7 +86,7 @@ KINDS = {
 
 
 def end_group(leader: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it has started, by force if need be."""
+    """End a process and its child processes, by force if necessary."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -135,7 +135,7 @@ class Server:
         raise RuntimeError(f"{self.kind.name} does not answer:\n{self.log.read_text(errors='replace')}")
 
     def stop(self) -> None:
-        """End it and its workers."""
+        """End the server and its workers."""
         end_group(self.process)
 
     def admin(self) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class Server:
         return found
 
     def wait_for(self, **expected: Any) -> dict[str, Any]:
-        """Ask the admin route until it says what is expected, or say what it says instead."""
+        """Query the admin route until it reports the expected values. Fails with the values that it reports instead."""
         deadline = time.monotonic() + PATIENCE
         while True:
             found = self.admin()
@@ -155,15 +155,15 @@ class Server:
             assert time.monotonic() < deadline, f"expected {expected}, found {found}"
             time.sleep(0.02)
 
-    def wait_until_idle(self, failures: int = 0) -> dict[str, Any]:
-        """No connection is in use, no body open, no Session open or even there, and no request found anything amiss.
+    def wait_until_idle(self, failures: Collection[int] = (0,)) -> dict[str, Any]:
+        """Wait until no connection is in use, no body is open and no Session exists. No request may have had a problem.
 
-        :param failures: how many finishers have failed since the last time.
+        :param failures: the numbers of finishers that may have failed since the last call.
         """
         found = self.wait_for(checked_out={"a": 0, "b": 0}, open=0, alive=0, bodies=0)
         assert found["problems"] == []
         seen, self.failures = self.failures, len(found["failures"])
-        assert len(found["failures"]) - seen == failures, found["failures"][seen:]
+        assert len(found["failures"]) - seen in failures, found["failures"][seen:]
         assert "was dropped with its session open" not in self.log.read_text(errors="replace")
         return found
 
@@ -174,7 +174,7 @@ class Server:
             time.sleep(0.02)
 
     def raw(self, method: str, target: str, body: bytes = b"") -> bytes:
-        """Everything that the server sends in answer, byte by byte, but for the date."""
+        """The server's whole answer, byte by byte, except the date."""
         with connect(self.port) as client:
             client.sendall(request(method, target, body))
             answer = bytearray()
@@ -218,7 +218,7 @@ def split(answer: bytes) -> tuple[bytes, bytes]:
 
 
 class Reader:
-    """A client of a stream that reads no more than it is told to."""
+    """A client of a stream that reads only when a test calls it."""
 
     def __init__(self, server: Server, name: str, ident: str) -> None:
         self.expected = (f"{name} {ident} {step}\n".encode().ljust(CHUNK, b".") for step in range(STREAM_STEPS))
@@ -230,7 +230,7 @@ class Reader:
         self.read_one()
 
     def read_one(self) -> bool:
-        """Read a chunk; False where there is none left."""
+        """Read a chunk; False if there is none left."""
         expected = next(self.expected, b"")
         found = self.response.read(len(expected) or 1)
         assert found == expected
@@ -246,14 +246,14 @@ class Reader:
         self.connection.close()
 
     def reset(self) -> None:
-        """Leave without a word, as a machine does that was switched off and on."""
+        """Reset the connection, as a machine does after a power failure."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
 
 @contextlib.contextmanager
 def readers(server: Server, count: int) -> Iterator[list[Reader]]:
-    """Clients of streams of both applications, each with its first chunk."""
+    """Clients of streams of both applications. Each has read its first chunk."""
     opened: list[Reader] = []
     try:
         for number in range(count):

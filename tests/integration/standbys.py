@@ -1,4 +1,4 @@
-"""A PostgreSQL primary and two hot standbys that follow it, to be stopped, held back and promoted."""
+"""A PostgreSQL primary and two hot standbys that follow it. Tests can stop, pause and promote them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Node(OwnPostgreSQL):
 
     def command(self) -> list[str]:
         settings = {
-            "wal_keep_size": "256MB",  # A standby that was stopped finds what it has missed.
-            "wal_retrieve_retry_interval": "100ms",  # It would look for its primary every five seconds.
+            "wal_keep_size": "256MB",  # Keeps the changes that a stopped standby misses.
+            "wal_retrieve_retry_interval": "100ms",  # The default is five seconds.
         }
         return [*super().command(), *(f"--{name}={value}" for name, value in settings.items())]
 
     def ask(self, query: str, **values: Any) -> Any:
-        """The one value that the administrator gets."""
+        """Execute a query as the administrator, and return its only value."""
         engine = create_engine(self.administration, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             return connection.scalar(text(query), values)
@@ -39,7 +39,7 @@ class Node(OwnPostgreSQL):
             time.sleep(0.01)
 
     def lsn(self) -> str:
-        """Where the write-ahead log of a primary ends: all that is committed is before it."""
+        """The end of a primary's write-ahead log: all commits are before it."""
         found: str = self.ask("SELECT CAST(pg_current_wal_lsn() AS text)")
         return found
 
@@ -53,7 +53,7 @@ class Standby(Node):
 
     def initialize(self) -> None:
         self.postgres = self.primary.postgres
-        # Beside the server: what Debian has on the PATH picks a version by the system's own clusters.
+        # In the server's folder: Debian's program on the PATH chooses a version by the system's clusters.
         copy = os.path.join(os.path.dirname(os.path.realpath(self.postgres)), "pg_basebackup")
         primary = f"host=127.0.0.1 port={self.primary.port} user={self.administrator} password={PASSWORD}"
         options = ["--write-recovery-conf", "--checkpoint=fast", "--no-sync", "--no-manifest"]
@@ -61,11 +61,11 @@ class Standby(Node):
         self.start()
 
     def wait_for(self, lsn: str) -> None:
-        """Return when it has replayed the log up to there."""
+        """Return when it has replayed the log up to ``lsn``."""
         self.wait_until("SELECT pg_last_wal_replay_lsn() >= CAST(:lsn AS pg_lsn)", lsn=lsn)
 
     def pause_replay(self) -> None:
-        """Return when nothing is replayed any more; what comes in is kept."""
+        """Stop replaying; incoming log is kept. Returns when the replay is paused."""
         self.ask("SELECT pg_wal_replay_pause()")
         self.wait_until("SELECT pg_get_wal_replay_pause_state() = 'paused'")
 
@@ -73,14 +73,14 @@ class Standby(Node):
         self.ask("SELECT pg_wal_replay_resume()")
 
     def promote(self) -> None:
-        """Return when it is a primary. The other standby goes on to follow the old one."""
+        """Make it a primary. The other standby still follows the old one."""
         assert self.ask("SELECT pg_promote(true, :seconds)", seconds=int(PATIENCE))
         self.wait_until("SELECT NOT pg_is_in_recovery()")
 
 
 @dataclass
 class Cluster:
-    """Each of them has a ``url``, a ``stop(how)`` and a ``start()``."""
+    """The three servers. Each has a ``url``, a ``stop(how)`` and a ``start()``."""
 
     primary: Node
     standbys: list[Standby]
@@ -88,7 +88,7 @@ class Cluster:
 
 @contextmanager
 def replicated() -> Iterator[Cluster]:
-    """A primary and two standbys, all of which answer. The standbys may be a moment behind: ``wait_for(lsn)``."""
+    """Start a primary and two standbys. The standbys may be a moment behind: use ``wait_for(lsn)``."""
     with ExitStack() as stack:
         primary = stack.enter_context(running(Node))
         assert isinstance(primary, Node)

@@ -25,7 +25,7 @@ from ..conftest import DATABASES_SEEN
 from .servers import PATIENCE
 
 CLIENTS = 16
-INCREMENTS = 200
+INCREMENTS = 50
 RUN = uuid4().hex[:12]
 
 

@@ -46,6 +46,11 @@ EVENTS = [
     "waitress-serve --listen 127.0.0.1:8000 --threads 50 app:app",
     "gunicorn --bind 127.0.0.1:8000 --worker-class gthread --threads 50 app:app",
 ]
+WEBSOCKETS = [
+    "flask --app app run --port 8000",
+    "gunicorn --bind 127.0.0.1:8000 --worker-class gthread --threads 50 app:app",
+]
+CLIENT = 'python client.py Hello "How are you?"'
 DEPLOYED = {"gunicorn.conf.py": "gunicorn", "uwsgi.ini": "uwsgi uwsgi.ini"}
 
 
@@ -72,8 +77,9 @@ class Served:
     def _on_free_port(self, text: str) -> str:
         return re.sub(r"\b8000\b", str(self.port), text)
 
-    def start(self) -> None:
-        environ = {
+    @property
+    def environ(self) -> dict[str, str]:
+        return {
             **{name: value for name, value in os.environ.items() if name != "DATABASE_URL"},
             "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
@@ -83,11 +89,13 @@ class Served:
             # As in an environment that is activated.
             "UWSGI_HOME": sys.prefix,
         }
+
+    def start(self) -> None:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 ["sh", "-c", self.command],
                 cwd=self.folder,
-                env=environ,
+                env=self.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -107,6 +115,14 @@ class Served:
         with urlopen(f"http://127.0.0.1:{self.port}/", body, timeout=PATIENCE) as answer:
             text: str = answer.read().decode()
             return text
+
+    def run(self, command: str) -> str:
+        """What a command says that ends by itself."""
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=self.folder, env=self.environ, capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def stop(self) -> None:
         """End it and all of its processes."""
@@ -153,6 +169,17 @@ def test_event_arrives_when_another_reader_writes(command: str, tmp_path: Path) 
             assert lines == [b"id: 1\n", b'data: "Hello"\n']
         assert "<h1>Messages</h1>" in server.ask()
     assert "Traceback" not in server.log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize("command", WEBSOCKETS, ids=["flask", "gunicorn"])
+def test_messages_are_stored_when_they_come_by_websocket(command: str, tmp_path: Path) -> None:
+    assert CLIENT in (EXAMPLES / "websockets/client.py").read_text("utf-8")
+    with served("websockets/app.py", [command], tmp_path) as server:
+        for count in (0, 2):
+            said = [f"Message {count + more} is stored. There were {count} when you came." for more in (1, 2)]
+            assert server.run(CLIENT).splitlines() == said
+        assert server.ask().splitlines() == ["Hello", "How are you?"] * 2
+    assert not re.search("Traceback|ERROR|WARNING sql", server.log.read_text(errors="replace"))
 
 
 @pytest.mark.parametrize("example", DEPLOYED)

@@ -61,6 +61,8 @@ class Answer:
             return "unavailable"
         if self.status == 500 and self.whole and b"not known" in self.body and self.retry_after is None:
             return "unknown"
+        if self.status == 0 and b"OperationalError" in self.body:
+            return "raised"
         return f"error: {self.status} {self.body!r}"
 
 
@@ -162,6 +164,9 @@ class Served:
         elif answer.kind == "unavailable":
             assert rows == 0, found
             assert answer.retry_after == "10", found
+        elif answer.kind == "raised":
+            # Each attempt broke at the same statement, and the database answers others: the request is the cause.
+            assert (rows, calls, at_commit) == (0, ATTEMPTS, False), found
         else:
             assert answer.kind in ("unknown", "truncated"), found
             assert rows in ((0, 1) if at_commit else (0,)), found

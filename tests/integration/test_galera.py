@@ -252,7 +252,6 @@ def wait_until_quiet(cluster: Cluster) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.timeout(300)
 def test_increments_are_counted_once_when_a_node_of_a_cluster_dies_and_comes_back(
     cluster: Cluster, causes: Causes, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 import traceback
@@ -21,7 +22,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, session
+from sqlasession_middleware.health import HealthMiddleware
 
+from ..drivers import Row as DriverRow
+from ..drivers import rows_on
 from .own_servers import PASSWORD, OwnMariaDB, OwnPostgreSQL, OwnServer, running
 from .proxy import Cut, Proxy, Sender, When
 from .servers import PATIENCE
@@ -139,6 +143,8 @@ class Load:
                     (500, None): "unknown" if b"not known" in response.data else "error",
                 }.get((response.status_code, response.headers.get("Retry-After")), response.status)
             self.answers.append(Answer(asked, time.monotonic(), token, kind))
+            if kind == "unavailable":
+                self._ending.wait(0.02)  # Retry-After, in small: else the clients keep the database from coming back.
 
     def since(self, moment: float, until: float = float("inf")) -> list[Answer]:
         """The answers to what was asked and answered in between."""
@@ -165,7 +171,8 @@ def test_clients_are_told_to_come_back_when_the_database_is_away(
         own_server.url,
         engine_options={"pool_size": 2, "max_overflow": 1, "pool_timeout": PATIENCE},
         transaction={"attempts": 3, "backoff_base": 0.01} if path == "/transaction" else False,
-        unavailable={"retry_after": 7},
+        # Without a breaker: everybody is to find the server as soon as it is up.
+        unavailable={"retry_after": 7, "breaker_failures": 0},
     )
     direct = create_engine(own_server.url, poolclass=NullPool)
     with ExitStack() as stack:
@@ -321,7 +328,13 @@ def prepared(engine: Engine) -> list[str]:
         return [row.data.decode() for row in connection.execute(text("XA RECOVER"))]
 
 
-@pytest.fixture(params=["postgresql-postgresql", "postgresql-mariadb", "mariadb-postgresql"])
+#: Left and right. In the last two each is the first and the second to be prepared and committed, and has the other one
+#: beside it: where a connection is cut, two of a kind would show the same once more.
+PAIRS = ("postgresql-postgresql", "postgresql-mariadb", "mariadb-postgresql")
+of_two_kinds = pytest.mark.parametrize("two", PAIRS[1:], indirect=True)
+
+
+@pytest.fixture(params=PAIRS)
 def two(request: pytest.FixtureRequest) -> Iterator[Two]:
     left, right = (request.getfixturevalue(f"own_{name}") for name in request.param.split("-"))
     url = right.url.set(database="second") if left is right else right.url
@@ -372,6 +385,7 @@ def cut_at_commit(two: Two, side: int, sender: Sender, when: When) -> tuple[str,
     return token, answer
 
 
+@of_two_kinds
 @pytest.mark.parametrize("when", get_args(When))
 @pytest.mark.parametrize("sender", get_args(Sender))
 @pytest.mark.parametrize("side", [0, 1], ids=["left", "right"])
@@ -386,6 +400,7 @@ def test_request_is_not_repeated_when_one_of_two_databases_may_have_committed(
     assert [engine.pool.checkedout() for engine in two.engines] == [0, 0]
 
 
+@of_two_kinds
 @pytest.mark.parametrize("when", get_args(When))
 @pytest.mark.parametrize("sender", get_args(Sender))
 @pytest.mark.parametrize("side", [0, 1], ids=["left", "right"])
@@ -398,7 +413,9 @@ def test_what_is_prepared_stays_so_when_one_of_two_databases_may_have_committed(
     assert [stored + doubtful for stored, doubtful in zip(rows, two.in_doubt(), strict=True)] == [1, 1]
 
 
-@pytest.mark.parametrize("when", get_args(When))
+# To break it after a message is to break it before the next one, the other side's or the same side's.
+@of_two_kinds
+@pytest.mark.parametrize("when", ["before", "during"])
 @pytest.mark.parametrize("sender", get_args(Sender))
 @pytest.mark.parametrize("side", [0, 1], ids=["left", "right"])
 def test_both_databases_or_none_commit_when_the_connection_to_one_breaks(
@@ -412,7 +429,8 @@ def test_both_databases_or_none_commit_when_the_connection_to_one_breaks(
     assert two.ask("success", uuid4().hex) == "200"
     messages = list(proxy.messages)
     second_phase = next(index for index, message in enumerate(messages) if message.commit)
-    for message in messages[: second_phase - 1]:
+    # Where the answer to PREPARE ends, it is prepared; before that it is as after the question.
+    for message in messages[: second_phase if when == "before" else second_phase - 1]:
         if message.sender == sender:
             assert two.ask("success", uuid4().hex) == "200"
             proxy.watch(Cut(sender, message.number, when))
@@ -426,3 +444,55 @@ def test_both_databases_or_none_commit_when_the_connection_to_one_breaks(
             assert [engine.pool.checkedout() for engine in two.engines] == [0, 0]
             # One whose PREPARE has lost its answer is left behind.
             two.settle()
+
+
+# Connections that are idle while the server is away (G17)
+
+
+def reads(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    session.execute(text("SELECT 1"))
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"done"]
+
+
+@pytest.mark.parametrize("how", ["shutdown", "crash"])
+@pytest.mark.parametrize("row", rows_on("postgresql", "mariadb"))
+def test_no_request_fails_when_the_server_was_restarted_while_all_connections_were_idle(
+    row: DriverRow, how: str, request: pytest.FixtureRequest
+) -> None:
+    server: OwnServer = request.getfixturevalue(f"own_{row.server}")
+    row.url()  # Its driver may not be installed.
+    app = SQLASessionMiddleware(reads, server.url.set(drivername=row.dialect))
+    pool: Any = app.engine.pool
+    with ExitStack() as stack:
+        for _ in range(pool.size()):
+            stack.enter_context(app.engine.connect())
+    assert pool.checkedin() == pool.size() == 5
+    server.stop(getattr(server, how))
+    server.start()
+    assert [Client(app).get("/", buffered=True).data for _ in range(2 * pool.size())] == [b"done"] * 2 * pool.size()
+    app.dispose()
+
+
+def test_health_check_is_in_time_while_the_server_is_stopped(own_server: OwnServer) -> None:
+    """A stopped process has a port that accepts connections, and says nothing."""
+    assert own_server.process is not None
+    app = SQLASessionMiddleware(store, own_server.url)
+    browser = Client(HealthMiddleware(app, timeout=1.0))
+    # The pool has a connection, which does not help.
+    app.engine.connect().close()
+    assert browser.get("/readyz").text == "ready\ndefault: ok\n"
+    own_server.process.send_signal(signal.SIGSTOP)
+    try:
+        for expected in (1.0, 0.0):
+            began = time.monotonic()
+            assert browser.get("/readyz").text == "not ready\ndefault: too slow\n"
+            assert time.monotonic() - began < expected + 0.5
+            assert browser.get("/healthz").text == "alive\n"
+    finally:
+        own_server.process.send_signal(signal.SIGCONT)
+    end = time.monotonic() + PATIENCE
+    while browser.get("/readyz").status_code != 200:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    app.dispose()

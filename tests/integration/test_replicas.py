@@ -189,7 +189,7 @@ def cookie_name(app: SQLASessionMiddleware) -> str:
     """What the application calls its cookie."""
     assert app.routing is not None
     assert app.routing.replicas is not None
-    return app.routing.replicas.marker.name
+    return app.routing.replicas.cookie.name
 
 
 def write(client: Client, path: str = "/write") -> str:
@@ -890,10 +890,9 @@ def test_no_read_fails_when_the_standbys_go_away_under_load(
     said = [record.getMessage() for record in caplog.records if record.name == "sqlasession_middleware.replicas"]
     for standby in cluster.standbys:
         assert any(f":{standby.port}/" in line and "is out of reach" in line for line in said)
-    assert any(f":{first.port}/" in line and "is back" in line for line in said)
+    assert any(f":{first.port}/" in line and "is reachable again" in line for line in said)
 
 
-@pytest.mark.timeout(180)
 def test_reads_go_on_and_writes_find_the_new_primary_when_a_standby_is_promoted() -> None:
     """Each by its URL: with several hosts it finds the new primary, with one it waits for the old one."""
     with ExitStack() as stack:
@@ -905,7 +904,12 @@ def test_reads_go_on_and_writes_find_the_new_primary_when_a_standby_is_promoted(
         several: URL = primary.url.set(host=None, port=None).update_query_dict(
             {"host": hosts, "target_session_attrs": "read-write"}
         )
-        options = {"unavailable": {"retry_after": 7}, "transaction": True, "replica_retry": 0.2}
+        # Without a breaker: the first request that asks after the promotion has to find the new primary.
+        options = {
+            "unavailable": {"retry_after": 7, "breaker_failures": 0},
+            "transaction": True,
+            "replica_retry": 0.2,
+        }
         one_host, many_hosts = (
             # What a promoted standby has of a client's writes is no more known but by the time.
             stack.enter_context(application(cluster, store, **options, bind=bind, read_your_writes=0.2))

@@ -187,13 +187,17 @@ def test_file_reaches_the_server_unwrapped_when_the_server_has_a_wrapper(server:
 
 @pytest.mark.parametrize("then", ["end", "error", "error-mid"])
 @pytest.mark.parametrize("database", ["postgresql", "mariadb"], indirect=True)
-def test_slot_is_free_when_the_database_ends_the_connection(server: Server, then: str) -> None:
+def test_slot_is_free_when_the_database_ends_the_connection(
+    server: Server, then: str, request: pytest.FixtureRequest
+) -> None:
+    on_postgresql = request.node.callspec.params["database"] == "postgresql"
     for number in range(2):
         answer = server.raw("GET", f"/a/killed?ident=killed-{number}&then={then}")
         if then == "end":
             assert split(answer)[1] == b"killed"
-        # Where a query has failed before, the Session knows that its connection is dead, and closing it succeeds.
-        server.wait_until_idle(failures=1 if then == "end" else 0)
+        # Where a query has failed before, the Session knows that its connection is dead, and closing it succeeds. But
+        # psycopg's connection may still seem to be open after its "connection socket closed".
+        server.wait_until_idle(failures=(1,) if then == "end" else (0, 1) if on_postgresql else (0,))
     visit(server, "a", "after")
     server.wait_until_idle()
 

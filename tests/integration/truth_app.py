@@ -1,9 +1,9 @@
-"""The truth table of a transaction: status × body × fault, what has to come of each, and the application to try it on.
+"""The truth table of a transaction: status × body × fault, the expected outcomes, and the application to test.
 
-A request says in its query string what it is to do and what is to go wrong. Two tests share the table:
-``test_truth.py`` asks real servers, ``tests/test_transaction_table.py`` one that is made of function calls.
+The query string of a request says what the request does and what fails. Two tests share the table: ``test_truth.py``
+uses real servers, ``tests/test_transaction_table.py`` a minimal one.
 
-Run as a program it is a server.
+Run as a program, this module is a server.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from sqlasession_middleware.transaction import doom
 
 #: ``token`` of the run, ``url`` of the database and name of the ``table``.
 SETTINGS: dict[str, Any] = json.loads(os.environ.get("SERVED", "{}"))
-#: For whatever has to happen soon: long, because it is only waited for where something is wrong.
-PATIENCE = 20.0
+#: Seconds to wait for anything that should happen soon. Long, because only a failing test waits this long.
+PATIENCE = 60.0
 POOL_SIZE = 3
 THREADS = 6
 
 CHUNK = b"0123456789abcdef" * 64
 BODY = 3 * CHUNK
-#: Of a stream that a client leaves: more than any server or kernel buffers.
+#: For a stream that a client leaves: larger than the buffers of any server or kernel.
 LARGE_CHUNK = CHUNK * 64
 LARGE_CHUNKS = 4096
 
@@ -61,11 +61,11 @@ BODILESS = {"2xx": "204 No Content", "3xx": "304 Not Modified"}
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to answer.
+    """A kind of response.
 
-    :param streamed: whether the client has a part of it before the application is done.
+    :param streamed: whether the client gets a part of it before the application has finished.
     :param closable: whether its body has a ``close()`` that can fail.
-    :param bodiless: whether it has statuses of its own, which only some classes have.
+    :param bodiless: whether it has its own statuses, which exist only in some classes.
     """
 
     name: str
@@ -94,7 +94,7 @@ KINDS = {
     )
 }
 
-#: For the test that brings them: what frameworks make, and a body that should not be there, which servers dislike.
+#: Kinds that a test adds: the responses of frameworks, and a body in a response without one, which servers dislike.
 MORE_KINDS = {
     kind.name: kind
     for kind in (
@@ -108,14 +108,14 @@ MORE_KINDS = {
 
 WORKS = "commit works"
 COMMIT_FAILS = "commit fails"
-#: The connection dies when COMMIT is about to be sent: what MariaDB, without deferred constraints, has instead.
+#: The connection is lost before COMMIT is sent. MariaDB, without deferred constraints, has this failure instead.
 COMMIT_LOST = "commit is lost"
-#: COMMIT takes place, but the connection dies before the database's answer is there.
+#: COMMIT takes place, but the connection is lost before the database's answer arrives.
 ANSWER_LOST = "answer to the commit is lost"
 FLUSH_FAILS = "flush fails"
-#: The application goes on as if nothing were amiss.
+#: The application ignores the error and continues.
 FLUSH_SWALLOWED = "flush fails and is ignored"
-#: A statement fails, the application goes on, but PostgreSQL will commit nothing.
+#: A statement fails and the application continues, but PostgreSQL will not commit.
 GIVEN_UP = "statement fails and is ignored"
 BODY_FAILS = "body fails half-way"
 CLOSE_FAILS = "close fails"
@@ -129,19 +129,19 @@ FAULTS = {
     "postgresql": (COMMIT_FAILS, COMMIT_LOST, ANSWER_LOST, GIVEN_UP, *ANYWHERE),
     "mariadb": (COMMIT_LOST, ANSWER_LOST, *ANYWHERE),
 }
-#: What only shows where the application asks for a commit.
+#: Faults that have an effect only if the application asks for a commit.
 AT_COMMIT = (WORKS, COMMIT_FAILS, COMMIT_LOST, ANSWER_LOST, FLUSH_FAILS, FLUSH_SWALLOWED, GIVEN_UP)
 
-#: What a request stores: rows that belong together.
+#: The rows that a request stores.
 ROWS = {"call", "step"}
 
-# What a client sees: everything with the application's status, everything of a 500, visibly less than everything.
+# What a client gets: the whole response with the application's status, a whole 500, or a visibly incomplete response.
 WHOLE, ERROR, CUT = "whole", "500", "cut"
 #: The client has left; or the request was killed, which servers answer as they like.
 ANYTHING = "anything"
 STORED, NOTHING = True, False
 
-#: What comes of a success, by fault: for a response that is held back until the commit, and for a streamed one.
+#: The outcome of a success, by fault: for a response that is held back until the commit, and for a streamed one.
 OUTCOMES = {
     WORKS: ((WHOLE, STORED), (WHOLE, STORED)),
     COMMIT_FAILS: ((ERROR, NOTHING), (CUT, NOTHING)),
@@ -156,7 +156,7 @@ OUTCOMES = {
     KILLED: ((ANYTHING, NOTHING), (ANYTHING, NOTHING)),
     EXITS: ((ANYTHING, NOTHING), (ANYTHING, NOTHING)),
 }
-#: Where a failure may have stored something, or a success nothing.
+#: Cases in which a failure may have stored something, or a success nothing.
 DOCUMENTED = {
     "answer lost": "nobody can know what became of a COMMIT whose answer was lost, and the 500 says so",
     "close failed": "all of the body was there and is committed when a server calls close(), and some cut it then",
@@ -184,7 +184,7 @@ class Case(NamedTuple):
 
     @property
     def outcome(self) -> tuple[str, bool]:
-        """What the client sees, and whether anything is stored."""
+        """What the client gets, and whether anything is stored."""
         seen, stored = OUTCOMES[self.fault][self.kind.streamed]
         if not self.succeeds and self.fault in AT_COMMIT:
             seen = WHOLE
@@ -198,7 +198,7 @@ class Case(NamedTuple):
 
     @property
     def documented(self) -> str | None:
-        """Why this failure may have stored something, of DOCUMENTED."""
+        """The reason, from DOCUMENTED, why this failure may have stored something."""
         if self.succeeds and self.fault == ANSWER_LOST:
             return DOCUMENTED["answer lost"]
         if self.succeeds and self.fault == CLOSE_FAILS:
@@ -229,7 +229,15 @@ def table(database: str, kinds: Iterable[Kind] = KINDS.values()) -> list[Case]:
     ]
 
 
-#: Where the application decides against what its status says: status class, what else it is asked, what is stored.
+def without_repetitions(cases: Iterable[Case]) -> list[Case]:
+    """The lines with 2xx and 4xx, and those with 3xx and 5xx where nothing fails.
+
+    The other lines have the same outcome, because the status is examined in one place only.
+    """
+    return [case for case in cases if case.status_class in ("2xx", "4xx") or case.fault == WORKS]
+
+
+#: Requests whose decision differs from the status: status class, further parameters, what is stored.
 DECISIONS = {
     "a failure asks for a commit": ("4xx", {"x_tm": "commit"}, STORED),
     "a success asks for a rollback": ("2xx", {"x_tm": "rollback"}, NOTHING),
@@ -242,9 +250,9 @@ class Base(DeclarativeBase):
 
 
 class Row(Base):
-    """One for the call and one for the steps of each request."""
+    """Each request stores one row in the call, and one in the steps of the body."""
 
-    # The database servers are shared with whatever other tests are running.
+    # Other test runs may share the database servers.
     __tablename__ = SETTINGS.get("table", f"truth_{uuid4().hex[:8]}")
     __table_args__ = (
         ForeignKeyConstraint(["parent_id"], [f"{__tablename__}.id"], deferrable=True, initially="DEFERRED").ddl_if(
@@ -266,14 +274,14 @@ class Observer:
         hurry(self.engine)
 
     def stored(self, ident: str) -> set[str]:
-        """The rows of a request that everybody can see."""
+        """The committed rows of a request."""
         with self.engine.connect() as connection:
             return set(connection.scalars(select(Row.part).where(Row.ident == ident)))
 
 
 @contextmanager
 def observing(url: str) -> Iterator[Observer]:
-    """An observer of a database that has the table meanwhile."""
+    """Create the table, yield an observer of the database, and drop the table."""
     observer = Observer(url)
     Base.metadata.create_all(observer.engine)
     try:
@@ -284,18 +292,18 @@ def observing(url: str) -> Iterator[Observer]:
 
 
 class OnPurposeError(Exception):
-    """What the application raises on purpose."""
+    """The error that the application raises on purpose."""
 
 
 class Killed(BaseException):
-    """What ends a greenlet: no Exception."""
+    """Ends a greenlet. It is not an Exception."""
 
 
 class Request:
-    """What one request does, and what goes wrong with it.
+    """What one request does, and how it fails.
 
-    In the query string are ``case`` and ``ident``, and there may be ``x_tm`` (a header's value), ``doom``, and
-    ``unseen``, where nobody tells when the client has left, for it leaves by closing the body.
+    The query string has ``case`` and ``ident``. It may have ``x_tm`` (a header's value), ``doom``, and ``unseen`` if
+    the client leaves by closing the body, so that the request cannot wait for it to leave.
     """
 
     def __init__(self, truth: Truth, environ: WSGIEnvironment) -> None:
@@ -321,7 +329,7 @@ class Request:
         return found
 
     def call(self) -> None:
-        """What is done before there is a body."""
+        """The work before the body."""
         self.truth.calls[self.ident] += 1
         self.store("call")
         if "doom" in self.asked:
@@ -333,7 +341,7 @@ class Request:
             self.wait_until_left()
 
     def steps(self) -> Iterator[bytes]:
-        """The body, in three chunks; the server gets the first of write() with the second."""
+        """The body, in three chunks. With write(), the server gets the first chunk together with the second."""
         yield CHUNK
         yield CHUNK
         if self.fault == BODY_FAILS:
@@ -354,7 +362,7 @@ class Request:
         raise OnPurposeError
 
     def large_chunks(self) -> Iterator[bytes]:
-        """Goes on until nobody takes more, which is soon after the client has left."""
+        """Continue until the server stops reading, which is soon after the client has left."""
         yield LARGE_CHUNK
         self.wait_until_left()
         for _ in range(1, LARGE_CHUNKS):
@@ -371,7 +379,7 @@ class Request:
         session.flush()
 
     def sabotage(self) -> None:
-        """See to it that the commit fails, where it is to. Nothing else may fail before it."""
+        """Make the commit fail, if the case asks for it. Nothing else may fail before the commit."""
         if self.fault == COMMIT_FAILS:
             session.add(Row(ident=self.ident, part="orphan", parent_id=-1))
             session.flush()
@@ -391,7 +399,7 @@ class Request:
 class Truth:
     """The application in its middleware.
 
-    :param apps: makes an application for a request, by kind; for the kinds that are no function here.
+    :param apps: functions that make an application for a request, by kind, for kinds without a function in this module.
     """
 
     def __init__(
@@ -417,7 +425,7 @@ class Truth:
         return self.app.engine
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """What the server calls. It returns what the middleware returned, and nothing around it."""
+        """The application for the server. It returns the middleware's result without a wrapper."""
         if environ["PATH_INFO"].startswith("/admin/"):
             return self.admin(environ, start_response)
         return self.app(environ, start_response)
@@ -432,12 +440,12 @@ class Truth:
             self.news.notify_all()
 
     def wait(self, ident: str, what: str) -> bool:
-        """Whether it was told before patience ended."""
+        """Wait until ``what`` was told. Returns False after ``PATIENCE``."""
         with self.news:
             return self.news.wait_for(lambda: (ident, what) in self.told, PATIENCE)
 
     def admin(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """``/admin/`` says how things are, ``/admin/left`` and ``/admin/reached`` tell and wait."""
+        """``/admin/`` reports the state, ``/admin/left`` tells that the client left, ``/admin/reached`` waits."""
         query = dict(parse_qsl(environ["QUERY_STRING"]))
         if environ["PATH_INFO"] == "/admin/left":
             self.tell(query["ident"], "left")
@@ -494,7 +502,7 @@ def of_generator(request: Request, start_response: StartResponse) -> Iterable[by
 
 
 def of_late(request: Request, start_response: StartResponse) -> Iterable[bytes]:
-    """The application is a generator itself: all of it happens in steps."""
+    """The application itself is a generator, so all of its code runs in the steps of the body."""
     yield from of_generator(request, start_response)
 
 
@@ -555,7 +563,7 @@ APPS = {kind: application_of(handler) for kind, handler in HANDLERS.items()}
 
 
 def hurry(engine: Engine) -> None:
-    """Wait for no disk, for it is no power cut that is tested here, and read no certificates of the machine."""
+    """Do not wait for the disk, because no power failure is tested, and do not read the system's certificates."""
 
     @event.listens_for(engine, "do_connect")
     def connecting(dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
@@ -573,7 +581,7 @@ def hurry(engine: Engine) -> None:
 
 
 def prepare(engine: Engine) -> None:
-    """Have SQLite check foreign keys, and lose the connections that are to be lost at their COMMIT."""
+    """Have SQLite check foreign keys, and lose connections at their COMMIT if the case asks for it."""
     hurry(engine)
 
     @event.listens_for(engine, "connect")
@@ -593,7 +601,7 @@ def prepare(engine: Engine) -> None:
 
 
 def lose_connection(connection: Connection, fault: str) -> None:
-    """Have the database end this connection; return when it has none such any more."""
+    """Have the database end this connection. Returns when the connection has ended."""
     if connection.dialect.name == "postgresql":
         ask = "SELECT pg_backend_pid()"
         kill = "SELECT pg_terminate_backend(:number)"
@@ -608,7 +616,7 @@ def lose_connection(connection: Connection, fault: str) -> None:
         number = {"number": cursor.fetchone()[0]}
         if fault == ANSWER_LOST:
             driver_connection.commit()
-            cursor.execute(ask)  # psycopg sends no COMMIT where no transaction is open.
+            cursor.execute(ask)  # psycopg sends no COMMIT if no transaction is open.
     killer = create_engine(connection.engine.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     hurry(killer)
     deadline = time.monotonic() + PATIENCE
@@ -620,7 +628,7 @@ def lose_connection(connection: Connection, fault: str) -> None:
 
 
 def served() -> Truth:
-    """For the servers."""
+    """The application for the servers."""
     return Truth(SETTINGS["url"])
 
 
@@ -632,7 +640,7 @@ def serve_waitress(port: int) -> None:
         host="127.0.0.1",
         port=port,
         threads=THREADS,
-        # It would buffer a whole stream for a slow reader otherwise.
+        # Otherwise, it would buffer a whole stream for a slow reader.
         outbuf_high_watermark=1 << 20,
         # It keeps the connection of a request that was killed.
         connection_limit=1000,

@@ -1,6 +1,6 @@
 """A plugin of pytest, ``-p tests.integration.unprepared``: psycopg prepares no statements on the server.
 
-For tests that are run behind a PgBouncer before 1.21: each of their applications would have to be told.
+For tests behind a PgBouncer before 1.21. Without the plugin, each of their applications would need this option.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""Which connections have sent nothing but reads, so that their transaction can end without a question.
+
+PostgreSQL can tell what a transaction has done, but the answer has to be waited for. The engine therefore watches what
+it sends. What does not leave nothing (:mod:`.plain_reads`), and what goes to the driver's own connection count as
+doubt. A server-side cursor counts until its last row was fetched.
+
+In: the statements of an engine. Out: :func:`has_only_read`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
+
+from sqlalchemy import event
+
+from .._dependencies import call_first, is_server_side
+from .._drivers.registry import driver_of
+from .plain_reads import Reading, judge
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.engine import ExecutionContext
+
+__all__ = [
+    "has_locked",
+    "has_only_read",
+    "has_unread_rows",
+    "is_watched",
+    "note_handed_out",
+    "note_locked",
+    "note_rows",
+    "was_handed_out",
+    "watch_reads",
+]
+
+# Attributes that this module adds to objects of SQLAlchemy. Each statement looks at one of them, so that a set of weak
+# references, whose every look is Python code, would cost more than all the rest.
+
+#: of a dialect: whether its engines are watched
+_WATCHED: Final = "sqlasession_watched"
+#: of a connection: whether something else than reads was sent, or may have been
+_DOUBTFUL: Final = "sqlasession_doubtful"
+#: of a connection: whether the application may have it in hand
+_HANDED_OUT: Final = "sqlasession_handed_out"
+#: of a connection: whether a statement has left a lock, or something else that the connection keeps
+_LOCKED: Final = "sqlasession_locked"
+#: of a connection: the execution contexts of its server-side cursors, as long as something refers to their results
+_STREAMED: Final = "sqlasession_streamed"
+
+#: PostgreSQL's locks that no end of a transaction releases ("Advisory Lock Functions"), and that no question about the
+#: transaction finds.
+_LOCKS: Final = re.compile(r"\bpg_(try_)?advisory_lock", re.IGNORECASE)
+
+
+def watch_reads(engine: Engine) -> None:
+    """Note what an engine sends, if its server would have to be asked."""
+    dialect = engine.dialect
+    if not driver_of(dialect).server.asks_for_writes or hasattr(dialect, _WATCHED):
+        return
+    setattr(dialect, _WATCHED, True)  # Several engines may share it.
+    for name, listener in (("do_execute", _note), ("do_executemany", _note), ("do_execute_no_params", _note_alone)):
+        event.listen(engine, name, listener)
+        # A listener may execute the statement by itself, and then no other is called after it.
+        call_first(engine, listener, name)
+
+
+def is_watched(engine: Engine) -> bool:
+    """Whether an engine notes what it sends."""
+    return hasattr(engine.dialect, _WATCHED)
+
+
+def _note(cursor: Any, statement: Any, parameters: Any, context: ExecutionContext) -> None:
+    if is_server_side(context):
+        note_rows(context)
+    if judge(statement) is Reading.DOUBTFUL:
+        setattr(context.root_connection, _DOUBTFUL, True)
+        if isinstance(statement, str) and _LOCKS.search(statement):
+            note_locked(context.root_connection)
+
+
+def _note_alone(cursor: Any, statement: Any, context: ExecutionContext) -> None:
+    _note(cursor, statement, None, context)
+
+
+def note_handed_out(connection: Connection) -> None:
+    """Note that the application got a connection, and may use it later, and in ways that are not seen."""
+    setattr(connection, _DOUBTFUL, True)
+    setattr(connection, _HANDED_OUT, True)
+
+
+def was_handed_out(connection: Connection) -> bool:
+    """Whether the application may have a connection in hand, and would find it closed."""
+    return hasattr(connection, _HANDED_OUT)
+
+
+def note_locked(connection: Connection) -> None:
+    """Note that a statement has left a lock, or something else that the connection keeps."""
+    setattr(connection, _LOCKED, True)
+
+
+def has_locked(connection: Connection) -> bool:
+    """Whether a statement was seen to leave a lock, or something else that the connection keeps."""
+    return hasattr(connection, _LOCKED)
+
+
+def has_only_read(connection: Connection) -> bool:
+    """Whether all that a connection of a watched engine has sent were reads, as far as that is known."""
+    return (
+        hasattr(connection.dialect, _WATCHED)
+        and not hasattr(connection, _DOUBTFUL)
+        and not (hasattr(connection, _STREAMED) and has_unread_rows(connection))
+    )
+
+
+def note_rows(context: ExecutionContext) -> None:
+    """Note that the rows of a statement are fetched while they are read."""
+    connection = context.root_connection
+    known = [each for each in getattr(connection, _STREAMED, ()) if each() is not None]
+    setattr(connection, _STREAMED, [*known, ref(context)])
+
+
+def has_unread_rows(connection: Connection) -> bool:
+    """Whether rows are still to be fetched from a server-side cursor; False where cursors are not tracked."""
+    contexts = (reference() for reference in getattr(connection, _STREAMED, ()))
+    return any(context is not None and not driver_of(context).is_cursor_closed(context.cursor) for context in contexts)

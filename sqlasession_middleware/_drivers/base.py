@@ -1,0 +1,501 @@
+"""The questions to a database server and to its driver, with the answers for one that nothing is known of.
+
+A :class:`Server` is asked for what depends on the database: codes, SQL, limits. A :class:`Driver` is asked for what
+depends on the module that speaks to it: attributes of its connections and errors. A driver knows the server that it
+works with, so that a caller has one object to ask.
+
+Connections are SQLAlchemy's, and a "driver connection" is the driver's own. Questions are sent on the driver's own
+connection: the application's events and logs are for its own statements.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from socket import AF_INET, AF_INET6, SHUT_RDWR
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+from .._dependencies import socket_of
+from .failure import Failure
+from .keepalive import duplicate
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Dialect
+
+    from .psycopg_pipeline import Pipeline
+
+__all__ = [
+    "MAX_CONNECTIONS",
+    "Code",
+    "Driver",
+    "Limit",
+    "Server",
+    "ask",
+    "file_number_of",
+    "first_argument",
+    "port_of",
+    "read_attribute",
+    "text_of",
+]
+
+#: What an error is known by: an SQLSTATE, or a number.
+Code = str | int | None
+
+#: The name of the limit of a whole server.
+MAX_CONNECTIONS: Final = "max_connections"
+
+# "read-only transaction", "READ ONLY", "readonly database"
+_REFUSES_WRITE: Final = re.compile("read.?only", re.IGNORECASE)
+
+# "table a already exists", "name is already used by an existing object"
+_EXISTS: Final = re.compile("already", re.IGNORECASE)
+# "no such table: a", "table or view does not exist"
+_IS_GONE: Final = re.compile("no such|does not exist", re.IGNORECASE)
+
+
+class Limit(NamedTuple):
+    """How many connections a server admits, or one of its roles, accounts or databases.
+
+    :param name: :data:`MAX_CONNECTIONS`, or what has the limit.
+    :param reserved: how many of them are for administrators.
+    """
+
+    name: str
+    maximum: int
+    reserved: int = 0
+
+    @property
+    def free(self) -> int:
+        """Those that an application can have."""
+        return self.maximum - self.reserved
+
+
+class Server:
+    """A database server, or several that answer alike. This class is for one that nothing is known of."""
+
+    #: The names of SQLAlchemy's dialects for it, the one that reports use first.
+    names: tuple[str, ...] = ()
+    #: Where it listens unless the URL says otherwise.
+    default_port: int | None = None
+    #: Whether its connections can be lost, because it is another process, mostly behind a network.
+    is_networked = True
+    #: Whether the operating system keeps its locks by process, so that no open connection may go through a fork.
+    locks_by_process = False
+    #: Whether a replica can read at the isolation level SERIALIZABLE, and locks nothing by that.
+    serializable_on_replicas = False
+    #: What a dialect sends in place of COMMIT when all sides are prepared. A dialect that is not known may be derived
+    #: from any of those that are.
+    second_phase: tuple[str, ...] = ("COMMIT PREPARED", "XA COMMIT")
+
+    #: What the codes of its errors mean. A code that is not listed is about the statement, the schema, the login or the
+    #: program.
+    failures: Mapping[Code, Failure] = {}
+    #: What further codes mean when COMMIT has failed with them.
+    failures_in_commit: Mapping[Code, Failure] = {}
+    #: Codes that say only that a statement before has failed.
+    consequences: Collection[Code] = ()
+    #: Codes of a statement that was cancelled, by a client's request or by a limit of its time.
+    cancelled: Collection[Code] = ()
+    #: Whether a COMMIT that was cancelled has not taken place.
+    undoes_cancelled_commits = True
+    #: Codes with which the server rolls back the whole transaction, where the driver does not say so.
+    silent_rollbacks: Collection[Code] = ()
+
+    #: Whether a SELECT of READ COMMITTED sees the same in a transaction of its own, and a read-only transaction refuses
+    #: whatever writes.
+    can_begin_lazily = False
+    #: Whether :meth:`has_written` can tell; if not, the session watches its statements.
+    can_tell_writes = False
+    #: Whether :meth:`has_written` and :meth:`has_open_cursor` wait for an answer: its engines watch what they send.
+    asks_for_writes = False
+    #: Whether it has a log with positions: :meth:`written_position`, :meth:`replayed_position`.
+    has_positions = False
+    #: A statement that makes a connection read-only.
+    read_only_statement: str | None = None
+
+    #: How many bits each of its integers has beside the sign; None if that depends on the type.
+    integer_bits: int | None = None
+    #: Whether a text with a NUL may be sent as a parameter.
+    accepts_nul = True
+
+    def failure_of(self, code: Code, error: object) -> Failure | None:
+        """The meaning of an error."""
+        return self.failures.get(code)
+
+    def outdates_connections(self, code: Code, error: object) -> bool:
+        """Whether an error says that what a connection keeps is outdated, so that other connections meet it as well."""
+        return False
+
+    def has_become_read_only(self, driver: Driver, driver_connection: Any, code: Code) -> bool:
+        """Whether an error says that the server refuses all writes, and not only those of this transaction."""
+        return False
+
+    def says_exists(self, code: Code, error: object) -> bool:
+        """Whether an error says that what was to be created is there: somebody else was faster."""
+        return _EXISTS.search(text_of(error)) is not None
+
+    def says_gone(self, code: Code, error: object) -> bool:
+        """Whether an error says that what was to be dropped is not there: somebody else was faster."""
+        return _IS_GONE.search(text_of(error)) is not None
+
+    @contextmanager
+    def creating(self, connection: Connection) -> Iterator[None]:
+        """Let others that create tables wait until the block, which commits, has ended; and wait for them before.
+
+        A lock that cannot be had is no error: who creates without one may meet what others have created meanwhile.
+
+        :param connection: a connection with no transaction open.
+        """
+        yield
+
+    def dropping(self, connection: Connection) -> AbstractContextManager[None]:
+        """The same for those that drop tables, who wait for those that create some, too."""
+        return self.creating(connection)
+
+    def has_written(self, driver: Driver, driver_connection: Any) -> bool:
+        """Whether the open transaction has something that a rollback would lose, locks included."""
+        return True
+
+    def has_open_cursor(self, driver_connection: Any) -> bool:
+        """Whether rows are still to be fetched from a server-side cursor."""
+        return False
+
+    def written_position(self, driver_connection: Any) -> int | None:
+        """The position in the server's log, in bytes, after all that was committed before."""
+        return None
+
+    def replayed_position(self, driver_connection: Any) -> int | None:
+        """The position in the primary's log up to which a standby has replayed it; None of a server that is no standby.
+
+        :raises Exception: the driver's, if it does not answer.
+        """
+        return None
+
+    def limits(self, connection: Connection) -> list[Limit]:
+        """What limits the connections to it; empty if nothing does, or if it cannot be asked."""
+        return []
+
+
+class Driver:
+    """A driver, and the server that it works with. This class is for one that nothing is known of.
+
+    :param server: another one than :attr:`server`, for a dialect of a server that is not its usual one.
+    """
+
+    #: What SQLAlchemy calls it: ``Dialect.driver``.
+    name: str | None = None
+    #: The module that its connections and errors come from, or the package of that module.
+    module: str | None = None
+    #: The server that it is made for.
+    server: Server = Server()
+    #: What any server answers that the driver can work with, whatever the dialect for it is called.
+    compatible_server: Server = Server()
+    #: Whether its ``rollback()`` asks the server each time, and :meth:`module_without_idle_rollbacks` is of use.
+    can_tell_rest = False
+    #: The argument of its ``connect()`` that limits how long connecting may take, in seconds.
+    connect_timeout: str | None = None
+    #: The argument of its ``connect()`` that limits how long it waits for an answer, in seconds, also when it connects.
+    read_timeout: str | None = None
+    #: The arguments of its ``connect()`` that name a file which may have that limit, and a part of such a file.
+    option_files: Collection[str] = ()
+    #: Whether arguments of its ``connect()`` have the system watch the other side of a connection; see
+    #: :meth:`network_defaults`. Otherwise its sockets are set.
+    keeps_alive = False
+
+    def __init__(self, server: Server | None = None) -> None:
+        if server is not None:
+            self.server = server
+
+    def working_with(self, server: Server | None) -> Self:
+        """The same driver for another server; None for one whose dialect is not known."""
+        server = self.compatible_server if server is None else server
+        return self if server is self.server else type(self)(server)
+
+    # Errors
+
+    def code_of(self, error: object) -> Code:
+        """What an error is known by. Never raises."""
+        return None
+
+    def failure_of(self, error: object) -> Failure | None:
+        """What an error means, as far as it says so by itself. Never raises."""
+        return self.server.failure_of(self.code_of(error), error)
+
+    def failure_in_commit(self, error: object) -> Failure | None:
+        """What an error means that COMMIT has failed with, if :meth:`failure_of` returns None."""
+        return self.server.failures_in_commit.get(self.code_of(error))
+
+    def is_consequence(self, error: object) -> bool:
+        """Whether an error says only that a statement before has failed."""
+        return self.code_of(error) in self.server.consequences
+
+    def has_rolled_back(self, error: object) -> bool:
+        """Whether the server has rolled back the whole transaction at an error, and the driver does not say so."""
+        return self.code_of(error) in self.server.silent_rollbacks
+
+    def was_cancelled(self, error: object) -> bool:
+        """Whether an error says that the statement was cancelled."""
+        return self.code_of(error) in self.server.cancelled
+
+    def refuses_one_more(self, error: object) -> bool:
+        """Whether an error says that the server answers, but has as many connections as it admits."""
+        return False
+
+    def refuses_write(self, error: object) -> bool:
+        """Whether an error says that nothing can be written here."""
+        return _REFUSES_WRITE.search(str(error)) is not None
+
+    def says_exists(self, error: object) -> bool:
+        """Whether an error says that what was to be created is there: somebody else was faster."""
+        return self.server.says_exists(self.code_of(error), error)
+
+    def says_gone(self, error: object) -> bool:
+        """Whether an error says that what was to be dropped is not there: somebody else was faster."""
+        return self.server.says_gone(self.code_of(error), error)
+
+    def outdates_connections(self, error: object) -> bool:
+        """Whether an error says that what a connection keeps is outdated, so that other connections meet it as well."""
+        return self.server.outdates_connections(self.code_of(error), error)
+
+    def has_become_read_only(self, connection: Connection, error: object) -> bool:
+        """Whether an error says that the server refuses all writes, as an old primary does after a failover.
+
+        False if the application has made the transaction read-only itself.
+        """
+        if connection.closed or connection.invalidated:
+            return False
+        driver_connection = connection.connection.dbapi_connection
+        return self.server.has_become_read_only(self, driver_connection, self.code_of(error))
+
+    # Transactions
+
+    def pipeline(self) -> Pipeline | None:
+        """What sends BEGIN together with a statement; None if the driver, or the server, has no such thing."""
+        return None
+
+    def is_idle(self, connection: Connection) -> bool:
+        """Whether no transaction is open, as the driver knows without asking the server; False if it does not."""
+        return False
+
+    def is_aborted(self, connection: Connection) -> bool:
+        """Whether the server has given up the transaction, and would answer a COMMIT with a ROLLBACK and no error."""
+        return False
+
+    def has_autocommit(self, connection: Connection) -> bool:
+        """Whether the driver itself was told to commit each statement, without SQLAlchemy's knowledge."""
+        driver_connection = connection.connection.dbapi_connection
+        ask_driver = getattr(driver_connection, "get_autocommit", None)  # PyMySQL, mysqlclient
+        return bool(ask_driver()) if ask_driver is not None else getattr(driver_connection, "autocommit", None) is True
+
+    def has_written(self, connection: Connection) -> bool:
+        """Whether the open transaction has something that a rollback would lose, locks included.
+
+        True where that cannot be known: :attr:`Server.can_tell_writes`.
+        """
+        if connection.closed or connection.invalidated or self.is_idle(connection) or self.is_aborted(connection):
+            return False
+        return self.server.has_written(self, connection.connection.dbapi_connection)
+
+    def has_open_cursor(self, connection: Connection) -> bool:
+        """Whether rows are still to be fetched from a server-side cursor (``stream_results``, ``yield_per``).
+
+        False where that cannot be known.
+        """
+        if connection.closed or connection.invalidated or self.is_idle(connection) or self.is_aborted(connection):
+            return False
+        return self.server.has_open_cursor(connection.connection.dbapi_connection)
+
+    def has_nothing_to_lose(self, connection: Connection) -> bool:
+        """Whether it is known here that the end of the transaction would lose nothing: no change, lock or open cursor.
+
+        False where that is not known, or only the server could tell: this waits for no answer.
+        """
+        return connection.closed or connection.invalidated
+
+    def has_something_to_lose(self, connection: Connection) -> bool:
+        """Whether the end of the transaction would lose something: :meth:`has_written`, or :meth:`has_open_cursor`.
+
+        A driver that has to ask the server asks once for both.
+        """
+        return self.has_written(connection) or self.has_open_cursor(connection)
+
+    def is_cursor_closed(self, cursor: Any) -> bool:
+        """Whether a cursor of the driver is closed, as SQLAlchemy does after the last row."""
+        # PyMySQL and mysqlclient forget the connection instead.
+        return bool(cursor.closed) if hasattr(cursor, "closed") else cursor.connection is None
+
+    def begin_writing(self, connection: Connection, always: bool = False) -> None:
+        """Begin the transaction that the driver would begin only before the first statement that writes.
+
+        :param always: also where the application begins its transactions itself.
+        """
+
+    def written_position(self, connection: Connection) -> int | None:
+        """After a commit: the position in the server's log that includes it.
+
+        None where the server has no such thing, or does not answer.
+        """
+        if not self.server.has_positions or connection.closed or connection.invalidated:
+            return None
+        try:
+            return self.server.written_position(connection.connection.dbapi_connection)
+        except Exception:
+            return None  # The commit has taken place, whatever has happened to the connection since.
+
+    def replayed_position(self, connection: Connection) -> int | None:
+        """The position in the primary's log up to which a standby has replayed it; None of a server that is no standby.
+
+        :raises Exception: the driver's, if it does not answer.
+        """
+        return self.server.replayed_position(connection.connection.dbapi_connection)
+
+    # Pings
+
+    def prepare_ping(self, arguments: list[Any], options: dict[str, Any], seconds: int) -> None:
+        """Change the arguments of the driver's ``connect()`` for a connection that is only to be pinged.
+
+        It must neither wait much longer than ``seconds`` nor create a database.
+
+        :raises Exception: if it is known without connecting that the database is not there.
+        """
+        if self.connect_timeout is not None:
+            options[self.connect_timeout] = seconds
+
+    def ping(self, dialect: Dialect, driver_connection: Any) -> None:
+        """Ask the server for an answer, and leave no transaction open.
+
+        :raises Exception: the driver's, if there is none.
+        """
+        dialect.do_ping(driver_connection)
+        dialect.do_rollback(driver_connection)
+
+    # Driver connections
+
+    def network_defaults(
+        self, module: Any, arguments: Collection[Any], options: Mapping[str, Any], connect_timeout: int
+    ) -> dict[str, int]:
+        """The arguments to add to those of a new connection, so that it does not wait for a network without end.
+
+        Nothing that the application has said something about, be it in a file or in the environment.
+
+        :param module: the driver's module.
+        :param arguments: the arguments of its ``connect()`` without a name.
+        :param options: the others.
+        :param connect_timeout: the seconds that connecting may take.
+        """
+        if self.connect_timeout is None or not options.keys().isdisjoint((self.connect_timeout, *self.option_files)):
+            return {}
+        return {self.connect_timeout: connect_timeout}
+
+    def make_read_only(self, driver_connection: Any) -> None:
+        """Have a new connection refuse to write, as far as that can be had."""
+        if self.server.read_only_statement is not None:
+            cursor = driver_connection.cursor()
+            try:
+                cursor.execute(self.server.read_only_statement)
+            finally:
+                cursor.close()
+
+    def is_made_read_only(self, driver_connection: Any) -> bool:
+        """Whether the driver was told to begin read-only transactions."""
+        return False
+
+    def parameter_status(self, driver_connection: Any, name: str) -> str | None:
+        """What the server said of itself when the connection was made; None if the driver does not pass that on."""
+        return None
+
+    def module_without_idle_rollbacks(self, module: Any) -> Any:
+        """A stand-in for the driver's module. ``rollback()`` of its connections sends nothing if all is at rest."""
+        return module
+
+    # Deadlines: but for the first one, these are called in another thread than the one that uses the connection
+
+    def prepare_for_watch(self, driver_connection: Any) -> None:
+        """Note what the other thread needs, before it may need it."""
+
+    def is_waiting(self, driver_connection: Any) -> bool:
+        """Whether the server is to answer, or may be; True where that is not known."""
+        return True
+
+    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> None:
+        """Ask the server to end what it does for a connection. It may take long to ask.
+
+        :param connect: makes another connection of the same engine.
+        """
+
+    def cut(self, driver_connection: Any) -> None:
+        """End the wait of whoever uses a connection, which is lost then."""
+        number = self.file_number(driver_connection)
+        if number is None:
+            return
+        with duplicate(number) as found:
+            # If it was closed in the meantime, the number may be that of another connection.
+            if self.file_number(driver_connection) == number and self.is_waiting(driver_connection):
+                found.shutdown(SHUT_RDWR)
+
+    # Deadlines, in the thread that uses the connection
+
+    def limit_waits(self, driver_connection: Any, seconds: float) -> object:
+        """Have the driver itself wait no longer for a lock, where it waits without a server.
+
+        :returns: what :meth:`restore_waits` needs; None if there is nothing to do.
+        """
+        return None
+
+    def restore_waits(self, driver_connection: Any, before: Any) -> None:
+        """Undo :meth:`limit_waits`."""
+
+    def file_number(self, driver_connection: Any) -> int | None:
+        """The descriptor of a connection's socket; None if it has none, or does not tell."""
+        candidates = (driver_connection, read_attribute(driver_connection, "socket"), socket_of(driver_connection))
+        return next((number for number in map(file_number_of, candidates) if number is not None), None)
+
+
+def ask(driver_connection: Any, statement: str) -> Any:
+    """The first row of the answer to a query."""
+    cursor = driver_connection.cursor()
+    try:
+        cursor.execute(statement)
+        return cursor.fetchone()
+    finally:
+        cursor.close()
+
+
+def file_number_of(candidate: Any) -> int | None:
+    """The descriptor of an object with a ``fileno()``; None of any other, and of one that is closed."""
+    try:
+        number = candidate.fileno()
+    except Exception:
+        return None
+    return number if isinstance(number, int) and number >= 0 else None
+
+
+def port_of(number: int | None) -> str:
+    """The client's port of a socket; an empty text if it has none."""
+    if number is None:
+        return ""
+    with duplicate(number) as found:
+        return str(found.getsockname()[1]) if found.family in (AF_INET, AF_INET6) else ""
+
+
+def read_attribute(found: object, name: str) -> object:
+    """An attribute of an error or a driver connection, of any class; None if it cannot be read."""
+    try:
+        return getattr(found, name, None)
+    except Exception:
+        return None
+
+
+def first_argument(error: object) -> object:
+    """The first argument that an error was made with."""
+    arguments = read_attribute(error, "args")
+    return arguments[0] if type(arguments) is tuple and arguments else None
+
+
+def text_of(error: object) -> str:
+    """The message of an error; empty if it cannot be read."""
+    try:
+        return str(error)
+    except Exception:
+        return ""

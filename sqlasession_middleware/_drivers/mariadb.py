@@ -1,0 +1,55 @@
+"""MariaDB Connector/Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._dependencies import LAST_STATEMENT, socket_number_of
+from .base import Code, read_attribute
+from .mysql import MySQLDriver, number_of
+
+__all__ = ["MariaDBConnector"]
+
+
+class MariaDBConnector(MySQLDriver):
+    """MariaDB Connector/Python."""
+
+    name = "mariadbconnector"
+    module = "mariadb"
+    connect_timeout = "connect_timeout"
+    read_timeout = "read_timeout"
+    # What such a file says takes precedence over the argument.
+    option_files = ("default_file", "default_group")
+    can_tell_rest = True
+    # Its cursors send by themselves. They note each statement before.
+    sending = (
+        *("begin", "select_db", "database", "autocommit", "kill", "change_user"),
+        *("tpc_begin", "tpc_prepare", "tpc_commit", "tpc_rollback"),
+        *("connect", "reconnect", "reset", "close"),
+    )
+
+    def code_of(self, error: object) -> Code:
+        return number_of(read_attribute(error, "errno"))  # The arguments hold only the message.
+
+    def connect_with(self, module: Any, kind: type, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        # A class in the arguments is the application's own. With "pool_name" the driver pools plain connections.
+        return module.connect(*arguments, **{"connectionclass": kind, **options})
+
+    def note_rest(self, driver_connection: Any) -> None:
+        # A version whose connections do not begin with it may not note it either.
+        if LAST_STATEMENT in vars(driver_connection):
+            setattr(driver_connection, LAST_STATEMENT, None)
+            super().note_rest(driver_connection)
+
+    def is_at_rest(self, driver_connection: Any) -> bool:
+        return super().is_at_rest(driver_connection) and getattr(driver_connection, LAST_STATEMENT) is None
+
+    def connection_number(self, driver_connection: Any) -> int | None:
+        return number_of(read_attribute(driver_connection, "connection_id"))
+
+    def file_number(self, driver_connection: Any) -> int | None:
+        try:
+            number = socket_number_of(driver_connection)
+        except Exception:
+            return None
+        return number if number >= 0 else None

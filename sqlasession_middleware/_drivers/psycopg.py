@@ -1,0 +1,55 @@
+"""psycopg, version 3."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from .base import read_attribute
+from .libpq import LibpqDriver
+
+if TYPE_CHECKING:
+    from .psycopg_pipeline import Pipeline
+
+__all__ = ["Psycopg"]
+
+#: Seconds for the request to cancel a statement.
+CANCEL_TIMEOUT: Final = 2.0
+
+
+class Psycopg(LibpqDriver):
+    """psycopg."""
+
+    name = module = "psycopg"
+    sqlstate = "sqlstate"
+
+    def pipeline(self) -> Pipeline | None:
+        if not self.server.can_begin_lazily:
+            return None
+        from .psycopg_pipeline import Pipeline  # imports psycopg
+
+        return Pipeline() if Pipeline.is_supported() else None
+
+    def transaction_status(self, driver_connection: Any) -> int | None:
+        # Each read of ``info`` makes an object.
+        return getattr(getattr(driver_connection, "pgconn", None), "transaction_status", None)
+
+    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> None:
+        capabilities: Any = read_attribute(sys.modules.get("psycopg"), "capabilities")  # since 3.2
+        if capabilities is not None and capabilities.has_cancel_safe():
+            driver_connection.cancel_safe(timeout=CANCEL_TIMEOUT)  # It needs no further connection.
+        else:
+            super().cancel(driver_connection, connect)
+
+    def libpq_version(self, module: Any) -> int:
+        try:
+            return int(module.pq.version())
+        except Exception:  # of something that stands in for it
+            return 0
+
+    def is_made_read_only(self, driver_connection: Any) -> bool:
+        return driver_connection.read_only is True
+
+    def make_read_only(self, driver_connection: Any) -> None:
+        driver_connection.read_only = True  # A part of the BEGIN that it sends anyway.

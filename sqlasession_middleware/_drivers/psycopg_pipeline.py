@@ -1,0 +1,212 @@
+"""BEGIN, a statement and COMMIT, sent to PostgreSQL by psycopg before the first answer comes.
+
+psycopg's pipeline mode ("Pipeline mode support") sends several statements and waits once. It does not do so with the
+BEGIN that it sends by itself, so that a transaction is begun here as psycopg would begin it, and left to it as if it
+had: https://www.psycopg.org/psycopg3/docs/advanced/pipeline.html.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+from psycopg import Cursor, Error, IsolationLevel, ProgrammingError
+from psycopg import Pipeline as PsycopgPipeline
+from psycopg.errors import FeatureNotSupported, InvalidTextRepresentation, ReadOnlySqlTransaction
+from psycopg.pq import PipelineStatus, TransactionStatus
+
+from .._dependencies import AUTOCOMMIT, send_with_next
+
+__all__ = ["Begin", "Outcome", "Pipeline"]
+
+_IDLE: Final = TransactionStatus.IDLE
+_IN_TRANSACTION: Final = TransactionStatus.INTRANS
+_NO_PIPELINE: Final = PipelineStatus.OFF
+
+
+class Begin(NamedTuple):
+    """How the next transaction of a connection begins.
+
+    :param text: the statement.
+    :param read_only: the same for a transaction that cannot write.
+    :param is_read_committed: whether the statement itself says READ COMMITTED. If not, the server's default applies.
+    """
+
+    text: str
+    read_only: str
+    is_read_committed: bool
+
+
+class Outcome(Enum):
+    """What became of a SELECT in a read-only transaction of its own."""
+
+    DONE = "it was executed"
+    WRITES = "it has tried to write, and nothing has happened"
+    REFUSED = "it may do more than read tables, or it fails, and nothing has happened"
+    OUTDATED = "its plan was outdated, and nothing has happened"
+
+
+def _begins() -> dict[tuple[Any, Any], Begin]:
+    levels = {None: "BEGIN", IsolationLevel.READ_COMMITTED: "BEGIN ISOLATION LEVEL READ COMMITTED"}
+    modes = {None: "", True: " READ ONLY", False: " READ WRITE"}
+    return {
+        (level, mode): Begin(text + words, text + modes[True], level is not None)
+        for level, text in levels.items()
+        for mode, words in modes.items()
+    }
+
+
+_BEGINS: Final = _begins()
+
+#: An error after a SELECT that read anything else than tables of this database without row-level security: a view, a
+#: policy or a foreign server may do more than read, which a rollback undoes. A transaction keeps a lock on each
+#: relation that it has used ("pg_locks"), and this question uses pg_locks itself. The server's log shows its text.
+_REFUSE_OTHER_THAN_TABLES: Final = """
+    SELECT CAST(CASE WHEN EXISTS (
+        SELECT FROM pg_catalog.pg_locks AS held JOIN pg_catalog.pg_class AS used ON used.oid = held.relation
+        WHERE held.pid = pg_catalog.pg_backend_pid() AND used.oid <> CAST('pg_catalog.pg_locks' AS regclass)
+            AND (used.relkind IN ('v', 'f') OR used.relrowsecurity)
+    ) THEN 'lazy_begin: this SELECT uses more than tables, and is repeated in a usual transaction' END AS integer)
+"""
+
+
+class Pipeline:
+    """Begins transactions in pipeline mode."""
+
+    @staticmethod
+    def is_supported() -> bool:
+        """Whether libpq has the pipeline mode, as version 14 and later do."""
+        return PsycopgPipeline.is_supported()
+
+    @staticmethod
+    def is_idle(cursor: Any) -> bool:
+        """Whether no transaction is open. What the application itself has sent counts as well."""
+        return bool(cursor.connection.pgconn.transaction_status == _IDLE)
+
+    @staticmethod
+    def begin_of(cursor: Any) -> Begin | None:
+        """How psycopg would begin a transaction before the next statement of a cursor.
+
+        None if it would not, or otherwise than at READ COMMITTED, or if the cursor is not of the usual kind: those of
+        the server cannot be used in a pipeline.
+        """
+        connection = cursor.connection
+        if (
+            type(cursor) is not Cursor
+            or connection.autocommit
+            or connection.deferrable is not None
+            or connection.pgconn.pipeline_status != _NO_PIPELINE
+        ):
+            return None
+        return _BEGINS.get((connection.isolation_level, connection.read_only))
+
+    @staticmethod
+    def read(begin: Begin, cursor: Any, execute: Callable[[], object], is_known: bool) -> Outcome:
+        """Execute a SELECT in a transaction of its own, which cannot write.
+
+        :param execute: executes it with ``cursor``.
+        :param is_known: whether the same was done before, so that it is known to use nothing but tables.
+        """
+        connection = cursor.connection
+        steps = (execute, "COMMIT") if is_known else (execute, _REFUSE_OTHER_THAN_TABLES, "COMMIT")
+        try:
+            setattr(connection, AUTOCOMMIT, True)  # Here, as a signal may raise an exception at any time.
+            _send(connection, begin.read_only, *steps)
+        except ReadOnlySqlTransaction:
+            if connection.read_only:
+                raise
+            connection.rollback()
+            return Outcome.WRITES
+        except FeatureNotSupported:
+            # "cached plan must not change result type": psycopg prepares a SELECT that comes often, and a migration has
+            # changed its columns. ROLLBACK has psycopg forget what it has prepared.
+            connection.rollback()
+            return Outcome.OUTDATED
+        except (InvalidTextRepresentation, ProgrammingError):
+            # The question's own error, also where pg_locks may not be read. If it is the SELECT's, it comes once more.
+            if is_known:
+                raise
+            connection.rollback()
+            return Outcome.REFUSED
+        except BaseException:
+            if connection.pgconn.transaction_status == _IN_TRANSACTION:
+                connection.rollback()  # It was not even sent, and what comes next may write.
+            raise
+        finally:
+            setattr(connection, AUTOCOMMIT, False)
+        return Outcome.DONE
+
+    @staticmethod
+    def begin(begin: Begin, cursor: Any, execute: Callable[[], object], ask_level: bool = False) -> str | None:
+        """Begin a transaction with its first statement.
+
+        :param execute: executes it with ``cursor``.
+        :param ask_level: ask for the isolation level as well.
+        :returns: the isolation level in lower case, if it was asked for.
+        """
+        connection = cursor.connection
+        control = Cursor(connection)
+        steps: list[str | Callable[[], object]] = [begin.text, execute]
+        if ask_level:
+            steps.insert(1, partial(control.execute, "SHOW transaction_isolation", prepare=False))
+        try:
+            setattr(connection, AUTOCOMMIT, True)
+            _send(connection, *steps)
+        finally:
+            setattr(connection, AUTOCOMMIT, False)
+        row = control.fetchone() if ask_level else None
+        return None if row is None else str(row[0])
+
+    @staticmethod
+    def begin_alone(begin: Begin, connection: Any) -> None:
+        """Begin a transaction before whatever comes next, unless one is open.
+
+        :param connection: psycopg's. If it is lost, what comes next will tell.
+        """
+        if connection.pgconn.transaction_status != _IDLE or connection.autocommit:
+            return
+        try:
+            setattr(connection, AUTOCOMMIT, True)
+            with suppress(Error):
+                Cursor(connection).execute(begin.text, prepare=False)
+        finally:
+            setattr(connection, AUTOCOMMIT, False)
+
+
+def _send(connection: Any, *steps: str | Callable[[], object]) -> None:
+    """Take steps in a pipeline, and wait once for all of them.
+
+    :param steps: statements without a result, and what executes others.
+    :raises BaseException: the first error. The others follow from it, and are not logged, as psycopg does with them.
+        What interrupts the wait, as a signal or gevent can, comes before all errors of the database.
+    """
+    handled = sys.exception()
+    first: BaseException | None = None
+    try:
+        with connection.pipeline() as pipeline:
+            try:
+                for step in steps:
+                    if isinstance(step, str):
+                        send_with_next(pipeline, step)
+                    else:
+                        step()
+            except Exception as error:
+                first = error
+    except Exception as error:
+        found: BaseException = error
+        if connection.pgconn.pipeline_status != _NO_PIPELINE and error.__context__ not in (None, handled):
+            found = error.__context__  # What follows is only that psycopg cannot leave the pipeline.
+        if first is None or not isinstance(found, Error):
+            first = found
+    finally:
+        if connection.pgconn.pipeline_status != _NO_PIPELINE:
+            connection.close()  # The server has gone in the middle. SQLAlchemy sees that by the closed connection.
+    if first is not None:
+        try:
+            raise first
+        finally:
+            del first  # Else its traceback and this frame refer to each other.

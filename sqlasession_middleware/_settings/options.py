@@ -1,0 +1,137 @@
+"""The tables of options: the name of each, and the kind of its value.
+
+The ini reader and the checks of arguments follow these tables, and ``tests/test_docs.py`` compares ``docs/ini.rst``
+with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .kinds import (
+    BOOLEAN,
+    BYTES,
+    DEADLINE,
+    DOTTED,
+    DOTTED_NAMES,
+    DOTTED_OR_NONE,
+    ECHO,
+    MAPPING,
+    MAX_OVERFLOW,
+    OBJECT,
+    POOL_SIZE,
+    SECONDS,
+    SECONDS_OR_NONE,
+    TEXT,
+    URL_PATH_OR_NONE,
+    WHOLE,
+    WORDS,
+    Kind,
+)
+
+__all__ = [
+    "ENGINE_OPTIONS",
+    "HEALTH_OPTIONS",
+    "OTHER_SETTINGS",
+    "SESSION_OPTIONS",
+    "STACKED",
+    "TRANSACTION_OPTIONS",
+    "UNAVAILABLE_OPTIONS",
+]
+
+#: The parameters of :func:`sqlalchemy.create_engine`. A dialect may accept more.
+ENGINE_OPTIONS: Mapping[str, Kind] = {
+    "connect_args": MAPPING,
+    "creator": DOTTED,
+    "echo": ECHO,
+    "echo_pool": ECHO,
+    "enable_from_linting": BOOLEAN,
+    "execution_options": MAPPING,
+    "future": BOOLEAN,
+    "hide_parameters": BOOLEAN,
+    "implicit_returning": BOOLEAN,
+    "insertmanyvalues_page_size": WHOLE,
+    "isolation_level": TEXT,
+    "json_deserializer": DOTTED,
+    "json_serializer": DOTTED,
+    "label_length": WHOLE,
+    "logging_name": TEXT,
+    "max_identifier_length": WHOLE,
+    "max_overflow": MAX_OVERFLOW,
+    "module": DOTTED,
+    "paramstyle": TEXT,
+    "plugins": WORDS,
+    "pool": OBJECT,
+    "pool_events": OBJECT,
+    "pool_logging_name": TEXT,
+    "pool_pre_ping": BOOLEAN,
+    "pool_recycle": WHOLE,
+    "pool_reset_on_return": TEXT,
+    "pool_size": POOL_SIZE,
+    "pool_timeout": SECONDS,
+    "pool_use_lifo": BOOLEAN,
+    "poolclass": DOTTED,
+    "query_cache_size": WHOLE,
+    "skip_autocommit_rollback": BOOLEAN,
+    "use_insertmanyvalues": BOOLEAN,
+}
+
+#: The parameters of :class:`sqlalchemy.orm.Session` that an application may set, and ``class_``, the class itself.
+SESSION_OPTIONS: Mapping[str, Kind] = {
+    "autobegin": BOOLEAN,
+    "autoflush": BOOLEAN,
+    "class_": DOTTED,
+    "close_resets_only": BOOLEAN,
+    "enable_baked_queries": BOOLEAN,
+    "execution_options": MAPPING,
+    "expire_on_commit": BOOLEAN,
+    "info": MAPPING,
+    "join_transaction_mode": TEXT,
+    "query_cls": DOTTED,
+    "twophase": BOOLEAN,
+}
+
+#: Ini keys that have the name of the constructor's parameter.
+OTHER_SETTINGS: Mapping[str, Kind] = {
+    "deadline": DEADLINE,
+    "lazy_begin": BOOLEAN,
+    "metadata": DOTTED_NAMES,
+    "ping_after": SECONDS_OR_NONE,
+    "read_your_writes": SECONDS,
+    "replica_retry": SECONDS,
+    "report_leaks": BOOLEAN,
+    "streams": WORDS,
+}
+
+#: The parameters of :class:`~sqlasession_middleware.transaction.TransactionMiddleware`.
+TRANSACTION_OPTIONS: Mapping[str, Kind] = {
+    "activate": DOTTED_OR_NONE,
+    "attempts": WHOLE,
+    "backoff_base": SECONDS,
+    "backoff_cap": SECONDS,
+    "commit_failed": DOTTED_OR_NONE,
+    "commit_veto": DOTTED_OR_NONE,
+    "replay_body_max": BYTES,
+    "replay_body_memory": BYTES,
+    "retry_on": WORDS,
+}
+
+#: The parameters of :class:`~sqlasession_middleware.unavailable.UnavailableMiddleware`.
+UNAVAILABLE_OPTIONS: Mapping[str, Kind] = {
+    "breaker_failures": WHOLE,
+    "breaker_seconds": SECONDS,
+    "page": DOTTED_OR_NONE,
+    "retry_after": WHOLE,
+    "transient": BOOLEAN,
+}
+
+#: The parameters of :class:`~sqlasession_middleware.health.HealthMiddleware`.
+HEALTH_OPTIONS: Mapping[str, Kind] = {
+    "application": DOTTED,
+    "live": URL_PATH_OR_NONE,
+    "ready": URL_PATH_OR_NONE,
+    "timeout": SECONDS,
+}
+
+#: The parameters that switch an inner middleware on, and its options. Ini keys have the parameter as their prefix.
+STACKED: Mapping[str, Mapping[str, Kind]] = {"transaction": TRANSACTION_OPTIONS, "unavailable": UNAVAILABLE_OPTIONS}
