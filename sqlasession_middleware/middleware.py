@@ -50,10 +50,10 @@ from ._settings.arguments import make_with_options, read_metadata, read_session_
 from ._settings.checks import (
     check_application,
     check_boolean,
+    check_count,
     check_deadline,
     check_seconds,
     check_seconds_or_none,
-    check_whole,
     resolve_option,
 )
 from ._settings.ini import ini_names, ini_place, read_settings
@@ -327,7 +327,7 @@ class SQLASessionMiddleware:
         """
         policy = self._policy or TransactionMiddleware(self.app)
         if attempts is not None:
-            check_whole("attempts", attempts, 1)
+            check_count("attempts", attempts)
         with self.context(deadline=deadline):
             function = partial(call, *arguments) if arguments else call
             return run_job(policy, current_scope(), function, attempts or policy.attempts)

@@ -25,7 +25,7 @@ from ._scope.scope import Scope, running_scope
 from ._sessions.calls import calls_of
 from ._sessions.registry import current_scope, open_session
 from ._sessions.release import release
-from ._settings.checks import check_application, check_bytes, check_seconds, check_whole, resolve_option
+from ._settings.checks import check_application, check_bytes, check_count, check_seconds, resolve_option
 from ._transaction.attempt import Again, Attempt, CommitFailed, CommitVeto
 from ._transaction.websocket import serve_websocket
 from ._wsgi.kept_request import KeptRequest
@@ -155,7 +155,7 @@ class TransactionMiddleware:
         replay_body_max: int = 10 * 1024 * 1024,
     ) -> None:
         check_application(app)
-        check_whole("attempts", attempts, 1)
+        check_count("attempts", attempts)
         check_seconds("backoff_base", backoff_base)
         check_seconds("backoff_cap", backoff_cap)
         check_bytes("replay_body_memory", replay_body_memory)

@@ -11,7 +11,7 @@ from threading import Condition, Thread
 from weakref import WeakSet
 
 from .._database.forks import after_fork
-from .._settings.checks import check_seconds, check_whole
+from .._settings.checks import check_count, check_seconds
 
 __all__ = ["BackgroundThreads"]
 
@@ -31,7 +31,7 @@ class BackgroundThreads:
     # Not ThreadPoolExecutor: the end of the process waits for its threads, however long that takes.
 
     def __init__(self, threads: int = 2, seconds: float = 10.0) -> None:
-        check_whole("threads", threads, 1)
+        check_count("threads", threads)
         check_seconds("seconds", seconds)
         self._most = threads
         self._seconds = seconds

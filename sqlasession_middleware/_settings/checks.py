@@ -12,13 +12,13 @@ __all__ = [
     "check_application",
     "check_boolean",
     "check_bytes",
+    "check_count",
     "check_deadline",
     "check_path_or_none",
     "check_seconds",
     "check_seconds_above_0",
     "check_seconds_or_none",
     "check_types",
-    "check_whole",
     "copy_options",
     "resolve_option",
 ]
@@ -45,10 +45,10 @@ def check_bytes(parameter: str, number: Any) -> None:
         raise ConfigurationError(parameter, f"must be a whole number of bytes from 0, got {shown(number)}.")
 
 
-def check_whole(parameter: str, number: Any, least: int) -> None:
-    """:raises ConfigurationError: if ``number`` is not a whole number from ``least``."""
-    if type(number) is not int or number < least:
-        raise ConfigurationError(parameter, f"must be a whole number from {least}, got {shown(number)}.")
+def check_count(parameter: str, number: Any) -> None:
+    """:raises ConfigurationError: if ``number`` is not a whole number from 1."""
+    if type(number) is not int or number < 1:
+        raise ConfigurationError(parameter, f"must be a whole number from 1, got {shown(number)}.")
 
 
 def check_path_or_none(parameter: str, path: Any) -> None:
