@@ -514,6 +514,9 @@ def test_has_scope_where_the_session_finds_one(make: Any) -> None:
     assert not has_scope()
     local.application = app
     assert has_scope()
+    session()
+    session.remove()
+    assert has_scope()
     del local.application
     assert not has_scope()
 

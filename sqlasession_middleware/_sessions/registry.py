@@ -15,7 +15,7 @@ from sqlalchemy.util import ScopedRegistry
 
 from .._database import forks
 from .._database.forks import check_process, fork_safe_lock, has_unseen_forks, leave_session_to_parent
-from .._scope.scope import ENDED, WAITING, Scope, begin, current
+from .._scope.scope import ENDED, NOTHING, WAITING, Scope, begin, current
 from ..errors import ScopeError, shown
 from .classes import session_class_for
 from .connections import disown_returned, remove_session
@@ -176,10 +176,7 @@ def has_scope() -> bool:
 
     For code that also runs where it would raise a :exc:`~sqlasession_middleware.errors.ScopeError`.
     """
-    values = current.get(None)
-    if isinstance(values, Scope):
-        return values.state is not ENDED
-    return values is not None and "application" in values
+    return "application" in current.get(NOTHING)  # A scope that has ended is empty.
 
 
 def new_session(**options: Any) -> Session:
