@@ -109,6 +109,10 @@ class SQLASessionMiddleware:
         returns them, or its dotted name. None is no limit. See :doc:`deadlines`.
     :param background: how :meth:`background` works: a dict of ``threads``, how many there are in each process (2), and
         of ``seconds``, how long :meth:`dispose` and the end of the process wait for them (10).
+    :param server_timing: add a ``Server-Timing`` to each response, which tells the client what the database took; or a
+        callable of environ that decides whether to, or its dotted name. See :doc:`observing`.
+    :param slow_requests: log each request that took longer than ``seconds`` (1) or sent more than ``queries`` (100): a
+        dict of these. See :doc:`observing`.
     :raises ConfigurationError: if a setting is wrong. The database is not contacted to find that out.
     """
 
@@ -141,6 +145,8 @@ class SQLASessionMiddleware:
         lazy_begin: bool | None = None,
         deadline: float | Callable[[WSGIEnvironment], float | None] | str | None = None,
         background: Mapping[str, Any] | None = None,
+        server_timing: bool | Callable[[WSGIEnvironment], object] | str = False,
+        slow_requests: Mapping[str, Any] | None = None,
     ) -> None:
         check_application(app)
         self.app = app
@@ -170,6 +176,8 @@ class SQLASessionMiddleware:
         app = wrap("transaction", TransactionMiddleware, app, transaction)
         self._policy = app if isinstance(app, TransactionMiddleware) else None
         self._inner = wrap("unavailable", UnavailableMiddleware, app, unavailable)
+        if server_timing is not False or slow_requests is not None:
+            self._record_requests(server_timing, slow_requests)
         if deadline is not None:
             self._limit_requests(deadline)
 
@@ -190,6 +198,20 @@ class SQLASessionMiddleware:
         for source in self._sources():
             source.on_creation(note_checkouts)
 
+    def _record_requests(self, server_timing: Any, slow_requests: Any) -> None:
+        from ._recording.listeners import record_engine
+        from ._recording.requests import SlowRequests, logging_slow, with_record
+
+        if server_timing is not True:
+            server_timing = resolve_option("server_timing", server_timing or None)
+        self._inner = with_record(self._inner, server_timing)
+        if slow_requests is not None:
+            #: what makes a request a slow one
+            self.slow_requests = make_with_options("slow_requests", SlowRequests, slow_requests)
+            self._new_scope = logging_slow(self._new_scope)
+        for name, source in self._named_sources().items():
+            source.on_creation(partial(record_engine, name=name))
+
     def _limit_requests(self, deadline: Any) -> None:
         if callable(deadline) or isinstance(deadline, str):
             deadline = resolve_option("deadline", deadline)
@@ -201,7 +223,10 @@ class SQLASessionMiddleware:
             source.on_creation(limit_waits)
 
     def _sources(self) -> list[EngineSource]:
-        return [self._source, *(() if self.routing is None else self.routing.sources())]
+        return list(self._named_sources().values())
+
+    def _named_sources(self) -> dict[str, EngineSource]:
+        return {DEFAULT: self._source, **({} if self.routing is None else self.routing.sources())}
 
     @classmethod
     def from_config(cls, app: WSGIApplication, config: Mapping[str, str], prefix: str = "sqlalchemy.") -> Self:

@@ -14,6 +14,7 @@ from sqlalchemy.pool import QueuePool
 
 from sqlasession_middleware import SQLASessionMiddleware
 from sqlasession_middleware._lifecycle.background import BackgroundThreads
+from sqlasession_middleware._recording.requests import SlowRequests
 from sqlasession_middleware._settings import kinds, options
 from sqlasession_middleware._settings.kinds import Kind
 from sqlasession_middleware.health import HealthMiddleware
@@ -25,6 +26,7 @@ from .rst import literals, read_page, rows, sections
 #: What the page calls the types.
 TYPES = {
     kinds.BOOLEAN: "true or false",
+    kinds.BOOLEAN_OR_DOTTED: "true, false, or a dotted name",
     kinds.ECHO: "true, false or debug",
     kinds.WHOLE: "whole number",
     kinds.BYTES: "bytes",
@@ -62,6 +64,7 @@ TABLES: tuple[tuple[str, Mapping[str, Kind], Callable[..., Any], str], ...] = (
     ("transaction.", options.TRANSACTION_OPTIONS, TransactionMiddleware, ""),
     ("unavailable.", options.UNAVAILABLE_OPTIONS, UnavailableMiddleware, ""),
     ("background.", options.BACKGROUND_OPTIONS, BackgroundThreads, ""),
+    ("slow_requests.", options.SLOW_OPTIONS, SlowRequests, ""),
     ("", options.HEALTH_OPTIONS, HealthMiddleware, ""),
 )
 
@@ -101,7 +104,7 @@ def test_reference_has_the_defaults_that_signatures_have(documented: dict[str, l
 
 
 #: The parameters of the constructor that keys of their own readers set: see the tables of ini.py.
-READ_APART = {"bind", "binds", "replicas", "engine_options", "session_options", "background"}
+READ_APART = {"bind", "binds", "replicas", "engine_options", "session_options", *options.GROUPS}
 
 
 def test_each_parameter_has_an_ini_key_and_each_key_a_parameter() -> None:
@@ -111,6 +114,7 @@ def test_each_parameter_has_an_ini_key_and_each_key_a_parameter() -> None:
         (UnavailableMiddleware, {*options.STACKED["unavailable"]}),
         (HealthMiddleware, {*options.HEALTH_OPTIONS}),
         (BackgroundThreads, {*options.BACKGROUND_OPTIONS}),
+        (SlowRequests, {*options.SLOW_OPTIONS}),
     ]
     for owner, names in expected:
         assert {*inspect.signature(owner).parameters} - {"app"} == names

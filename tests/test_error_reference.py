@@ -214,6 +214,9 @@ INI: dict[str, dict[str, Any]] = {
     "… must be a number of seconds above 0, none, or the dotted name of a callable, 'package.module:name', got …": {
         "deadline": "soon"
     },
+    "… must be true, false, or the dotted name of a callable, 'package.module:name', got …": {
+        "server_timing": "no.such:thing"
+    },
     "… must be none, or the dotted name of …, got …": {"transaction.activate": "no.such:thing"},
     "… must be dotted names of …, got …": {"metadata": "no.such:metadata"},
     "… is not a setting of this middleware…": {"sesion.autoflush": "true"},
@@ -499,6 +502,11 @@ def fail_in_the_background(make: Any) -> None:
     app = make()
     app.background(fail)
     app.dispose()
+
+
+@provokes("Slow: … …: … after … s; …")
+def take_long(make: Any) -> None:
+    call(make(slow_requests={"seconds": 0}))
 
 
 @provokes("The time of … s for calls in the background is up: …")

@@ -41,13 +41,14 @@ class Routing:
             raise unknown_bind_key(key, self.binds, what)
         return self.binds[key].engine
 
-    def sources(self) -> list[EngineSource]:
-        """The sources of all engines but the default one."""
-        return [*self.binds.values(), *(() if self.replicas is None else self.replicas.sources)]
+    def sources(self) -> dict[str, EngineSource]:
+        """The sources of all engines by name, but the default one."""
+        replicas = () if self.replicas is None else self.replicas.sources
+        return {**self.binds, **{f"replicas[{number}]": source for number, source in enumerate(replicas)}}
 
     def dispose(self) -> None:
         """Close the idle connections of all engines but the default one."""
-        for source in self.sources():
+        for source in self.sources().values():
             source.dispose()
 
     def all_engines(self) -> dict[str, Engine]:

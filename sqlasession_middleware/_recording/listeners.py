@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from .._database.forks import fork_safe_lock
 from .._dependencies import calling_frame
 from .._scope.scope import Scope, current
+from ..failures import Failure, classify
 from .record import FLUSH, RECORD, End, Hold, Record, Statement, Wait
 from .stacks import take_stack
 
@@ -42,8 +43,9 @@ _NOTED: Final = "sqlasession_noted"
 #: The keys in the ``info`` of a connection.
 _NUMBER: Final = "sqlasession_middleware.number"
 _HOLD: Final = "sqlasession_middleware.hold"
-_CONNECTING: Final = "sqlasession_middleware.connecting"
 
+#: when the connection began to be made that is being waited for
+_connecting: ContextVar[float | None] = ContextVar("sqlasession_middleware.connecting", default=None)
 _is_flushing: ContextVar[bool] = ContextVar("sqlasession_middleware.is_flushing", default=False)
 
 _names: WeakKeyDictionary[Engine, str] = WeakKeyDictionary()
@@ -62,7 +64,8 @@ def _records() -> tuple[list[Record], int]:
                 transaction = scope.transaction
                 if transaction is not None and (not record.transactions or record.transactions[-1] is not transaction):
                     record.transactions.append(transaction)
-                return [record, *_sinks], environ.get("sqlasession.attempt", 1)
+                attempt = record.last_attempt = environ.get("sqlasession.attempt", 1)
+                return [record, *_sinks], attempt
             if _sinks:
                 return _sinks, environ.get("sqlasession.attempt", 1)
         scope = scope.token.old_value if hasattr(scope, "token") else None
@@ -87,6 +90,7 @@ def record_engine(engine: Engine, name: str) -> None:
     event.listen(engine, "checkout", listeners.begin_hold)
     event.listen(engine, "checkin", listeners.end_hold)
     event.listen(engine, "detach", listeners.end_hold)
+    event.listen(engine, "invalidate", listeners.lose)
     event.listen(engine, "engine_disposed", listeners.time_pool)
     listeners.time_pool(engine)
     listeners.time_ends(engine.dialect)
@@ -119,7 +123,8 @@ class _EngineListeners:
         statement.is_many = is_many
         statement.rows = -1
         statement.error = None
-        statement.hold = connection.connection.info.get(_HOLD)
+        noted = connection.connection.info.get(_HOLD)
+        statement.hold = None if noted is None else noted[0]
         statement.relationship = FLUSH if _is_flushing.get() else context.execution_options.get(_RELATIONSHIP)
         statement.stack = take_stack(calling_frame(1))
         for record in records:
@@ -154,16 +159,16 @@ class _EngineListeners:
     # -- connections
 
     def begin_connect(self, dialect: Dialect, entry: ConnectionPoolEntry, arguments: Any, options: Any) -> None:
-        entry.info[_CONNECTING] = perf_counter()
+        _connecting.set(perf_counter())
 
     def end_connect(self, driver_connection: Any, entry: ConnectionPoolEntry) -> None:
-        begin = entry.info.pop(_CONNECTING, None)
+        begin = _connecting.get()
         entry.info[_NUMBER] = next(self._numbers)
         records, attempt = _records()
         if records and begin is not None:
             wait = Wait("connect", self._engine, attempt, begin, perf_counter())
             for record in records:
-                record.waits.append(wait)
+                record.add_wait(wait)
 
     def begin_hold(self, driver_connection: Any, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
         records, attempt = _records()
@@ -171,14 +176,21 @@ class _EngineListeners:
             number = entry.info.get(_NUMBER)
             if number is None:  # It was made before somebody recorded the engine.
                 number = entry.info[_NUMBER] = next(self._numbers)
-            hold = entry.info[_HOLD] = Hold(self._engine, number, attempt, perf_counter())
+            hold = Hold(self._engine, number, attempt, perf_counter())
+            entry.info[_HOLD] = hold, tuple(records)
             for record in records:
-                record.holds.append(hold)
+                record.begin_hold(hold)
 
     def end_hold(self, driver_connection: Any, entry: ConnectionPoolEntry) -> None:
-        hold = entry.info.pop(_HOLD, None)
-        if hold is not None:
+        noted = entry.info.pop(_HOLD, None)
+        if noted is not None:
+            hold, records = noted
             hold.end = perf_counter()
+            for record in records:
+                record.end_hold(hold)
+
+    def lose(self, driver_connection: Any, entry: ConnectionPoolEntry, error: BaseException | None) -> None:
+        self.end_hold(driver_connection, entry)
 
     # -- what SQLAlchemy has no events for
 
@@ -191,25 +203,29 @@ class _EngineListeners:
         records, attempt = _records()
         if not records:
             return connect()
-        known = [len(record.waits) for record in records]
+        _connecting.set(None)
         begin = perf_counter()
         try:
             return connect()
         finally:
-            end = perf_counter()
-            for record, before in zip(records, known, strict=True):
-                # It has made a connection itself when it had waited.
-                end = min((each.begin for each in record.waits[before:]), default=end)
-                record.waits.append(Wait("pool", self._engine, attempt, begin, end))
+            # If it has made a connection, it has waited until then.
+            wait = Wait("pool", self._engine, attempt, begin, _connecting.get() or perf_counter())
+            for record in records:
+                record.add_wait(wait)
 
     def time_ends(self, dialect: Dialect) -> None:
         """Time the COMMITs and ROLLBACKs of the engine: its events tell only that they are to come."""
         if dialect in _timed:
             return
         _timed.add(dialect)
+        self._dialect = dialect
         found: Any = dialect
         found.do_commit = partial(self._end, "commit", found.do_commit)
         found.do_rollback = partial(self._end, "rollback", found.do_rollback)
+
+    def _is_unknown(self, error: BaseException, driver_connection: Any) -> bool:
+        is_lost = self._dialect.is_disconnect(error, driver_connection, None)  # type: ignore[arg-type]  # may be any
+        return classify(error, committing=True, disconnected=is_lost) is Failure.UNKNOWN
 
     def _end(self, kind: Any, end: Callable[[Any], None], driver_connection: Any) -> None:
         records, attempt = _records()
@@ -223,9 +239,11 @@ class _EngineListeners:
             error = raised
             raise
         finally:
-            noted = End(kind, self._engine, attempt, begin, perf_counter(), error)
+            now = perf_counter()
+            is_unknown = error is not None and kind == "commit" and self._is_unknown(error, driver_connection)
+            noted = End(kind, self._engine, attempt, begin, now, error, is_unknown)
             for record in records:
-                record.ends.append(noted)
+                record.add_end(noted)
 
 
 @contextmanager

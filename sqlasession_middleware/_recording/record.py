@@ -12,8 +12,6 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sqlalchemy.engine.interfaces import Compiled
 
     from .._scope.protocols import ManagedTransaction
@@ -30,12 +28,10 @@ FLUSH: Final = "(flush)"
 _READ: Final = re.compile(r"\s*\(*\s*(SELECT|WITH)\b", re.IGNORECASE)
 _LITERALS: Final = re.compile(r"'(?:[^']|'')*'|\b\d+(?:\.\d+)?\b")
 
-#: After so many statements of a request they are counted only.
-STATEMENTS_AT_MOST: Final = 500
+#: After so many statements of a request they are counted only, and likewise what else there is in lists.
+AT_MOST: Final = 500
 
-Outcome = Literal[
-    "no transaction", "committed", "rolled back", "vetoed", "doomed", "outcome unknown", "only read", "failed"
-]
+Outcome = Literal["no transaction", "only read", "committed", "rolled back", "vetoed", "doomed", "outcome unknown"]
 
 
 class Statement:
@@ -123,14 +119,15 @@ class Wait(NamedTuple):
 
 
 class End(NamedTuple):
-    """A COMMIT or ROLLBACK of a connection, or the first phase of a COMMIT in two."""
+    """A COMMIT or ROLLBACK of a connection. Those of two phases are statements."""
 
-    kind: Literal["commit", "rollback", "prepare"]
+    kind: Literal["commit", "rollback"]
     engine: str
     attempt: int
     begin: float
     end: float
     error: BaseException | None
+    is_outcome_unknown: bool
 
 
 class Record:
@@ -150,16 +147,24 @@ class Record:
         #: the response's, once it is known
         self.status = ""
         self.statements: list[Statement] = []
-        #: how many there were; the list has no more than :attr:`most`
+        #: how many there were; no list has more than :attr:`most`
         self.count = 0
-        self.most = STATEMENTS_AT_MOST
+        self.most = AT_MOST
         #: seconds of all statements
         self.seconds = 0.0
+        #: seconds of all waits for pools
+        self.waited = 0.0
+        #: seconds of all COMMITs
+        self.committing = 0.0
         self.waits: list[Wait] = []
         self.holds: list[Hold] = []
         self.ends: list[End] = []
+        self._held = 0.0
+        self._open: list[Hold] = []
         #: how many objects of each class were loaded
         self.objects: Counter[type] = Counter()
+        #: the number of the last attempt that has done something
+        self.last_attempt = 1
         #: those of TransactionMiddlewares, one for each attempt that has sent something
         self.transactions: list[ManagedTransaction] = []
 
@@ -169,53 +174,57 @@ class Record:
         if self.count <= self.most:
             self.statements.append(statement)
 
+    def add_wait(self, wait: Wait) -> None:
+        """Note a wait for a connection."""
+        if wait.kind == "pool":
+            self.waited += wait.end - wait.begin
+        if len(self.waits) < self.most:
+            self.waits.append(wait)
+
+    def begin_hold(self, hold: Hold) -> None:
+        """Note that a connection has left its pool."""
+        self._open.append(hold)
+        if len(self.holds) < self.most:
+            self.holds.append(hold)
+
+    def end_hold(self, hold: Hold) -> None:
+        """Note that it is back there."""
+        self._held += hold.end - hold.begin
+        self._open.remove(hold)
+
+    def add_end(self, end: End) -> None:
+        """Note a COMMIT or ROLLBACK. The last one is always there, since it is the outcome."""
+        if end.kind == "commit":
+            self.committing += end.end - end.begin
+        if len(self.ends) >= self.most:
+            del self.ends[-1]
+        self.ends.append(end)
+
     def finish(self, status: str) -> None:
         """Note the end of the request."""
         self.end = time.perf_counter()
         self.status = status
 
     @property
-    def waited(self) -> float:
-        """Seconds that the request has waited for pools."""
-        return sum(each.end - each.begin for each in self.waits if each.kind == "pool")
-
-    @property
     def held(self) -> float:
         """Seconds that the request has held connections, of all of them together."""
         until = self.end or time.perf_counter()
-        return sum((each.end or until) - each.begin for each in self.holds)
-
-    @property
-    def committing(self) -> float:
-        """Seconds of all COMMITs."""
-        return sum(each.end - each.begin for each in self.ends if each.kind != "rollback")
-
-    @property
-    def attempts(self) -> int:
-        """How many attempts have done something."""
-        return max((each.attempt for each in self._events()), default=1)
-
-    def _events(self) -> Iterator[Any]:
-        yield from self.statements
-        yield from self.waits
-        yield from self.holds
-        yield from self.ends
+        return self._held + sum(until - each.begin for each in self._open)
 
     @property
     def outcome(self) -> Outcome:
         """How the transaction of the last attempt has ended."""
         last = self.transactions[-1] if self.transactions else None
-        if any(each.kind != "rollback" and each.error is not None for each in self.ends[-1:]):
-            return "outcome unknown" if getattr(last, "is_outcome_unknown", False) else "failed"
+        if any(each.is_outcome_unknown for each in self.ends):
+            return "outcome unknown"
         if last is not None:
             if last.doomed:
                 return "doomed"
             if getattr(last, "vetoed", False):
                 return "vetoed"
-        attempt = self.attempts
-        kinds = {each.kind for each in self.ends if each.attempt == attempt and each.error is None}
+        kinds = {each.kind for each in self.ends if each.attempt == self.last_attempt and each.error is None}
         if "commit" in kinds:
             return "committed"
-        if "rollback" in kinds:
+        if any(not each.is_read for each in self.statements if each.attempt == self.last_attempt):
             return "rolled back"
         return "only read" if self.count else "no transaction"

@@ -19,7 +19,7 @@ from sqlalchemy.engine import URL, make_url
 from .._drivers.sqlite import sqlite_file
 from ..errors import ConfigurationError, nearest, shown
 from .kinds import BOOLEAN, DOTTED, LITERAL, TEXT, Kind, parse_setting
-from .options import BACKGROUND_OPTIONS, ENGINE_OPTIONS, OTHER_SETTINGS, SESSION_OPTIONS, STACKED
+from .options import ENGINE_OPTIONS, GROUPS, OTHER_SETTINGS, SESSION_OPTIONS, STACKED
 
 __all__ = ["PLACE_KEYS", "ini_names", "ini_place", "read_options", "read_settings"]
 
@@ -136,7 +136,7 @@ OTHER_KEYS: Mapping[str, _Reader] = {
     **dict.fromkeys(STACKED, _read_switch),
     **{
         f"{parameter}.{name}": partial(_read_option, parameter, name, kind)
-        for parameter, options in {**STACKED, "background": BACKGROUND_OPTIONS}.items()
+        for parameter, options in {**STACKED, **GROUPS}.items()
         for name, kind in options.items()
     },
     **{name: partial(_read_argument, name, kind) for name, kind in OTHER_SETTINGS.items()},
@@ -278,7 +278,7 @@ def ini_names(prefix: str, arguments: Mapping[str, Any]) -> dict[str, str]:
     :param arguments: the result of :func:`read_settings`.
     """
     names = {"bind": f"{prefix}url", "engine_options": prefix, "session_options": SESSION_PREFIX}
-    names.update({name: f"{name}." for name in STACKED}, binds=f"{prefix}binds")
+    names.update({name: f"{name}." for name in (*STACKED, *GROUPS)}, binds=f"{prefix}binds")
     names.update({f"binds[{name!r}]": f"{prefix}binds.{name}." for name in arguments.get("binds", ())})
     names.update({f"replicas[{number}]": f"{prefix}replicas" for number in range(len(arguments.get("replicas", ())))})
     return names

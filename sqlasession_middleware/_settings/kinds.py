@@ -12,6 +12,7 @@ from ..errors import ConfigurationError, shown
 
 __all__ = [
     "BOOLEAN",
+    "BOOLEAN_OR_DOTTED",
     "BYTES",
     "DEADLINE",
     "DOTTED",
@@ -64,6 +65,10 @@ def _parse_deadline(text: str) -> Any:
     return resolve_name(text) if text[:1].isalpha() and text.lower() != "none" else _parse_number_or_none(text)
 
 
+def _parse_boolean_or_dotted(text: str) -> Any:
+    return resolve_name(text) if "." in text or ":" in text else asbool(text)
+
+
 def _parse_literal(text: str) -> Any:
     """Guess the type of a driver's argument, whose names and types are not known here."""
     if text.lower() in _LITERALS:
@@ -95,6 +100,9 @@ def _import_all(text: str) -> list[Any]:
 
 
 BOOLEAN = Kind("true or false", (bool,), asbool)
+BOOLEAN_OR_DOTTED = Kind(
+    "true, false, or the dotted name of a callable, 'package.module:name'", (), _parse_boolean_or_dotted
+)
 ECHO = Kind("true, false or 'debug'", (bool, str), _parse_boolean_or_debug)
 WHOLE = Kind("a whole number", (int,), int)
 BYTES = Kind("a whole number of bytes", (int,), int)
@@ -115,7 +123,7 @@ URL_PATH_OR_NONE = Kind("a path that begins with '/', or none", (), _parse_text_
 MAPPING = Kind("a dict", (dict,), None)
 OBJECT = Kind("an object", (), None)
 
-_IMPORTED = (DEADLINE, DOTTED, DOTTED_OR_NONE, DOTTED_NAMES)
+_IMPORTED = (BOOLEAN_OR_DOTTED, DEADLINE, DOTTED, DOTTED_OR_NONE, DOTTED_NAMES)
 
 
 def parse_setting(setting: str, text: str, kind: Kind) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from .kinds import (
     BOOLEAN,
+    BOOLEAN_OR_DOTTED,
     BYTES,
     DEADLINE,
     DOTTED,
@@ -32,9 +33,11 @@ from .kinds import (
 __all__ = [
     "BACKGROUND_OPTIONS",
     "ENGINE_OPTIONS",
+    "GROUPS",
     "HEALTH_OPTIONS",
     "OTHER_SETTINGS",
     "SESSION_OPTIONS",
+    "SLOW_OPTIONS",
     "STACKED",
     "TRANSACTION_OPTIONS",
     "UNAVAILABLE_OPTIONS",
@@ -101,6 +104,7 @@ OTHER_SETTINGS: Mapping[str, Kind] = {
     "read_your_writes": SECONDS,
     "replica_retry": SECONDS,
     "report_leaks": BOOLEAN,
+    "server_timing": BOOLEAN_OR_DOTTED,
     "streams": WORDS,
 }
 
@@ -139,6 +143,15 @@ BACKGROUND_OPTIONS: Mapping[str, Kind] = {
     "seconds": SECONDS,
     "threads": WHOLE,
 }
+
+#: The parameters of :class:`~sqlasession_middleware._recording.requests.SlowRequests`.
+SLOW_OPTIONS: Mapping[str, Kind] = {
+    "queries": WHOLE,
+    "seconds": SECONDS,
+}
+
+#: The parameters whose argument is a dict of options, by which they are switched on.
+GROUPS: Mapping[str, Mapping[str, Kind]] = {"background": BACKGROUND_OPTIONS, "slow_requests": SLOW_OPTIONS}
 
 #: The parameters that switch an inner middleware on, and its options. Ini keys have the parameter as their prefix.
 STACKED: Mapping[str, Mapping[str, Kind]] = {"transaction": TRANSACTION_OPTIONS, "unavailable": UNAVAILABLE_OPTIONS}

@@ -1,0 +1,414 @@
+"""The record of a request, Server-Timing and the log of slow requests."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import create_engine, insert, select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm.exc import StaleDataError
+from werkzeug.test import Client
+
+from sqlasession_middleware import SQLASessionMiddleware, doom, session
+from sqlasession_middleware._recording import record as records
+from sqlasession_middleware._recording.record import RECORD, Record
+from sqlasession_middleware._recording.stacks import application_frames
+from sqlasession_middleware.errors import ConfigurationError
+
+from .wsgi import Environ, StartResponse, consume, environ
+
+PATIENCE = 30
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Item(Base):
+    __tablename__ = f"recording_{uuid4().hex[:12]}"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+def answer(environ: Environ, start_response: StartResponse) -> list[bytes]:
+    environ["work"]()
+    start_response(environ.get("status", "200 OK"), [("Content-Type", "text/plain")])
+    return [b"done"]
+
+
+@pytest.fixture
+def make(database_url: str) -> Iterator[Callable[..., SQLASessionMiddleware]]:
+    made: list[SQLASessionMiddleware] = []
+
+    def make(app: Any = answer, **options: Any) -> SQLASessionMiddleware:
+        options = {"server_timing": True, **options}
+        wrapped = SQLASessionMiddleware(app, database_url, metadata=Base.metadata, **options)
+        if not made:
+            wrapped.init_database()
+        made.append(wrapped)
+        return wrapped
+
+    yield make
+    if made:
+        made[0].drop_database()
+    for app in made:
+        app.dispose()
+
+
+def read() -> None:
+    session.scalars(select(Item.id)).all()
+
+
+def write() -> None:
+    session.execute(insert(Item))
+
+
+def ask(app: SQLASessionMiddleware, work: Callable[[], object], **more: Any) -> tuple[Record, Any]:
+    """The record of a request, and its response."""
+    record = Record({"REQUEST_METHOD": "GET", "PATH_INFO": "/"})
+    overrides = {RECORD: record, "work": work, **more}
+    return record, Client(app).get("/", buffered=True, environ_overrides=overrides)
+
+
+def test_statements_are_noted_with_what_came_of_them(make: Any) -> None:
+    app = make(transaction=True)
+
+    def work() -> None:
+        write()
+        session.execute(insert(Item), [{"id": 100}, {"id": 101}])
+        with pytest.raises(DBAPIError), session.begin_nested():
+            session.execute(text("SELECT nothing FROM nowhere"))
+        read()
+
+    record, _ = ask(app, work)
+    texts = [re.sub(r"\s+", " ", each.sql) for each in record.statements]
+    assert texts[0].startswith(f"INSERT INTO {Item.__tablename__}")
+    assert texts[2].startswith("SAVEPOINT")
+    assert [each.is_many for each in record.statements[:2]] == [False, True]
+    failed = [each for each in record.statements if each.error is not None]
+    assert [each.sql for each in failed] == ["SELECT nothing FROM nowhere"]
+    assert isinstance(failed[0].error, DBAPIError)
+    assert record.count == len(record.statements)
+    assert [each.sql for each in record.statements if not each.end >= each.begin > 0] == []
+    assert record.seconds == pytest.approx(sum(each.seconds for each in record.statements))
+    assert {application_frames(each.stack)[0][0].co_filename for each in record.statements} == {__file__}
+    assert {each.engine for each in record.statements} == {"default"}
+
+
+def test_connections_are_noted_from_checkout_to_return(make: Any) -> None:
+    app = make(transaction=True)
+    app.engine.dispose()
+    record, _ = ask(app, lambda: (read(), write()))
+    (hold,) = record.holds
+    assert {each.hold for each in record.statements} == {hold}
+    assert record.begin < hold.begin < record.statements[0].begin < record.statements[-1].end < hold.end
+    assert record.held == pytest.approx(hold.end - hold.begin)
+    pool, connect = sorted(record.waits, key=lambda each: each.begin)
+    assert (pool.kind, connect.kind) == ("pool", "connect")
+    assert pool.end <= connect.begin
+    again, _ = ask(app, read)
+    assert [each.kind for each in again.waits] == ["pool"]
+    assert [each.connection for each in again.holds] == [hold.connection]
+
+
+def test_connection_that_is_lost_is_held_no_longer(make: Any) -> None:
+    app = make()
+
+    def work() -> None:
+        read()
+        session.connection().invalidate()
+        session.rollback()
+        read()
+
+    record, _ = ask(app, work)
+    first, second = record.holds
+    assert 0 < first.end < second.begin
+    assert first.connection != second.connection
+
+
+def test_wait_for_the_pool_is_noted(server_url: str) -> None:
+    options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": PATIENCE}
+    app = SQLASessionMiddleware(answer, server_url, engine_options=options, server_timing=True)
+    taken = app.engine.connect()
+    begun = threading.Event()
+
+    def give_back() -> None:
+        assert begun.wait(PATIENCE)
+        time.sleep(0.05)  # What is measured is at least this.
+        taken.close()
+
+    thread = threading.Thread(target=give_back)
+    thread.start()
+    record, response = ask(app, lambda: (begun.set(), session.execute(text("SELECT 1"))))
+    thread.join()
+    assert record.waited >= 0.05
+    assert float(re.search(r"db-wait;dur=([\d.]+)", response.headers["Server-Timing"])[1]) >= 50  # type: ignore[index]
+    app.dispose()
+
+
+class Outcome(Exception):  # noqa: N818  # no error
+    """Ends a request."""
+
+
+def fail() -> None:
+    write()
+    raise Outcome
+
+
+def twice(attempts: list[int]) -> None:
+    attempts.append(1)
+    write()
+    if len(attempts) == 1:
+        raise StaleDataError
+
+
+OUTCOMES: dict[str, tuple[Callable[[], object], dict[str, Any], str]] = {
+    "nothing": (lambda: None, {}, "no transaction"),
+    "read": (read, {}, "only read"),
+    "read, committed": (read, {"transaction": True}, "committed"),
+    "write": (write, {}, "rolled back"),
+    "own commit": (lambda: (write(), session.commit()), {}, "committed"),
+    "commit": (write, {"transaction": True}, "committed"),
+    "doomed": (lambda: (write(), doom()), {"transaction": True}, "doomed"),
+    "fails": (fail, {"transaction": True}, "rolled back"),
+}
+
+
+@pytest.mark.parametrize("case", OUTCOMES)
+def test_outcome_of_the_transaction_is_told(make: Any, case: str) -> None:
+    work, options, outcome = OUTCOMES[case]
+    app = make(**options)
+    record = Record()
+    try:
+        Client(app).get("/", buffered=True, environ_overrides={RECORD: record, "work": work})
+    except Outcome:
+        pass
+    assert record.outcome == outcome
+
+
+def test_outcome_is_vetoed(make: Any) -> None:
+    app = make(transaction=True)
+    record, _ = ask(app, write, status="404 Not Found")
+    assert record.outcome == "vetoed"
+
+
+LOST = {"postgresql": ("server closed the connection unexpectedly",), "mariadb": (2013, "Lost connection")}
+
+
+def test_outcome_is_unknown(server_url: str) -> None:
+    # Recorded after its dialect fails, so that the failure is timed.
+    engine = create_engine(server_url)
+    Base.metadata.create_all(engine)
+    driver_error = engine.dialect.loaded_dbapi.OperationalError
+
+    def do_commit(driver_connection: Any) -> None:
+        raise driver_error(*LOST[engine.dialect.name])
+
+    commit, engine.dialect.do_commit = engine.dialect.do_commit, do_commit  # type: ignore[method-assign]
+    app = SQLASessionMiddleware(answer, engine, transaction=True, server_timing=True)
+    record, response = ask(app, write)
+    engine.dialect.do_commit = commit  # type: ignore[method-assign]
+    Base.metadata.drop_all(engine)
+    engine.dispose()
+    assert response.status_code == 500
+    assert record.outcome == "outcome unknown"
+
+
+def test_attempts_are_told_apart(make: Any) -> None:
+    app = make(transaction={"attempts": 3, "backoff_base": 0})
+    attempts: list[int] = []
+    record, response = ask(app, lambda: twice(attempts))
+    assert [each.attempt for each in record.statements] == [1, 2]
+    assert [each.attempt for each in record.holds] == [1, 2]
+    assert record.outcome == "committed"
+    assert [each.kind for each in record.ends if each.attempt == 1] == ["rollback"] * sum(
+        each.attempt == 1 for each in record.ends
+    )
+    assert 'attempt;desc="2"' in response.headers["Server-Timing"]
+
+
+def test_engines_have_their_names(make: Any, sqlite_url: str) -> None:
+    app = make(binds={"audit": sqlite_url}, replicas=[f"{sqlite_url}2"])
+
+    def work() -> None:
+        session.execute(text("SELECT 1"))
+        session.execute(text("SELECT 1"), bind_arguments={"bind_key": "audit"})
+
+    record, _ = ask(app, work)
+    assert [each.engine for each in record.statements] == ["replicas[0]", "audit"]
+
+
+def test_applications_inside_of_a_request_share_its_record(make: Any) -> None:
+    app, inner = make(), make()
+
+    def work() -> None:
+        with inner.context():
+            read()
+        assert Client(inner).get("/", buffered=True, environ_overrides={"work": read}).status_code == 200
+
+    record, _ = ask(app, work)
+    assert record.count == 1  # The inner request has one of its own.
+    both = Record()
+    Client(app).get(
+        "/",
+        buffered=True,
+        environ_overrides={RECORD: both, "work": lambda: ask_with(inner, both)},
+    )
+    assert both.count == 1
+
+
+def ask_with(app: SQLASessionMiddleware, record: Record) -> None:
+    Client(app).get("/", buffered=True, environ_overrides={RECORD: record, "work": read})
+
+
+def test_record_has_no_more_than_so_many_of_each(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "AT_MOST", 3)
+    app = make()
+
+    def work() -> None:
+        for _ in range(10):
+            write()
+            session.commit()
+
+    record, response = ask(app, work)
+    assert (record.count, len(record.statements)) == (10, 3)
+    assert len(record.holds) == len(record.waits) == len(record.ends) == 3
+    assert 'desc="10 queries"' in response.headers["Server-Timing"]
+    assert record.outcome == "committed"
+
+
+# -- Server-Timing
+
+
+def metrics(response: Any) -> dict[str, str]:
+    return dict(each.split(";", 1) for each in response.headers["Server-Timing"].split(", "))
+
+
+@pytest.mark.parametrize("transaction", [False, True])
+def test_response_tells_what_the_database_took(make: Any, transaction: bool) -> None:
+    app = make(transaction=transaction)
+    record, response = ask(app, lambda: (read(), write(), *(() if transaction else (session.commit(),))))
+    told = metrics(response)
+    assert list(told) == ["db", "db-wait", "db-commit"]
+    assert told["db"] == f'dur={record.seconds * 1000:.1f};desc="2 queries"'
+    assert told["db-commit"] == f"dur={record.committing * 1000:.1f}"
+    assert len(response.headers["Server-Timing"]) < 300
+
+
+def test_response_tells_that_nothing_was_sent(make: Any) -> None:
+    _, response = ask(make(), lambda: None)
+    assert response.headers["Server-Timing"] == 'db;dur=0.0;desc="0 queries"'
+
+
+def test_header_is_added_to_that_of_the_application(make: Any) -> None:
+    def app(environ: Environ, start_response: StartResponse) -> list[bytes]:
+        start_response("200 OK", [("Server-Timing", "view;dur=3")])
+        return [b"done"]
+
+    response = Client(make(app)).get("/", buffered=True)
+    assert response.headers.getlist("Server-Timing") == ["view;dur=3", 'db;dur=0.0;desc="0 queries"']
+
+
+def test_header_of_an_error_page_replaces_the_first_one(make: Any) -> None:
+    def app(environ: Environ, start_response: StartResponse) -> list[bytes]:
+        start_response("200 OK", [])
+        try:
+            raise Outcome
+        except Outcome as error:
+            start_response("500 Oh", [], (type(error), error, None))
+        return [b"done"]
+
+    heads: list[tuple[str, list[str]]] = []
+
+    def note(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], None]:
+        heads.append((status, [name for name, _ in headers]))
+        return lambda data: None
+
+    consume(make(app)(environ(), note))
+    consume(make(app, transaction=True)(environ(), note))
+    assert heads == [(status, ["Server-Timing"]) for status in ("200 OK", "500 Oh", "500 Oh")]
+
+
+def says_yes(environ: Environ) -> bool:
+    return "yes" in environ["QUERY_STRING"]
+
+
+@pytest.mark.parametrize("decides", [says_yes, f"{__name__}:says_yes"])
+def test_callable_decides_whether_to_tell(make: Any, decides: Any) -> None:
+    app = make(server_timing=decides)
+    for query, told in (("yes", True), ("no", False)):
+        _, response = ask(app, read, QUERY_STRING=query)
+        assert ("Server-Timing" in response.headers) is told
+
+
+def test_ini_switches_them_on() -> None:
+    for value, told in (("true", True), ("false", False), (f"{__name__}:says_yes", True)):
+        config = {"sqlalchemy.url": "sqlite://", "server_timing": value, "slow_requests.queries": "3"}
+        app = SQLASessionMiddleware.from_config(answer, config)
+        _, response = ask(app, lambda: None, QUERY_STRING="yes")
+        assert ("Server-Timing" in response.headers) is told
+        assert (app.slow_requests.queries, app.slow_requests.seconds) == (3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"server_timing": 3}, "server_timing must be callable"),
+        ({"slow_requests": {"second": 1}}, r"slow_requests\['second'\] is not an option; did you mean 'seconds'"),
+        ({"slow_requests": {"seconds": -1}}, r"slow_requests\['seconds'\] must be a number of seconds from 0"),
+        ({"slow_requests": {"queries": 0}}, r"slow_requests\['queries'\] must be a whole number from 1"),
+        ({"slow_requests": True}, "slow_requests must be a dict of options, got True"),
+    ],
+)
+def test_error_names_the_option(options: Any, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        SQLASessionMiddleware(answer, "sqlite://", **options)
+
+
+# -- slow requests
+
+
+@pytest.mark.parametrize(
+    ("slow", "is_logged"),
+    [
+        ({"seconds": 0}, True),
+        ({"seconds": 60}, False),
+        ({"seconds": 60, "queries": 1}, True),
+        ({"seconds": 60, "queries": 2}, False),
+    ],
+)
+def test_slow_request_is_logged_once(make: Any, caplog: pytest.LogCaptureFixture, slow: Any, is_logged: bool) -> None:
+    app = make(slow_requests=slow, server_timing=False, transaction=True, report_leaks=True)
+    with app.context():
+        read()
+        write()
+        read()
+    ask(app, lambda: (read(), write()), PATH_INFO="/slow")
+    logged = [each for each in caplog.records if each.name == "sqlasession_middleware.slow_requests"]
+    assert len(logged) == is_logged
+    for record in logged:
+        assert record.levelno == logging.WARNING
+        said = record.getMessage()
+        assert said.startswith("Slow: GET '/': 200 OK after ")
+        assert "2 queries took" in said
+        assert "attempt 1, committed" in said
+        assert f"INSERT INTO {Item.__tablename__}" in said
+        assert f'File "{__file__}"' in said
+        assert (record.slow.queries, record.slow.outcome, record.slow.status) == (2, "committed", "200 OK")  # type: ignore[attr-defined]
+        assert record.application is app  # type: ignore[attr-defined]
+
+
+def test_slow_request_that_failed_is_logged(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    app = make(slow_requests={"seconds": 0})
+    with pytest.raises(Outcome):
+        ask(app, fail)
+    (record,) = caplog.records
+    assert "no response after" in record.getMessage()
+    assert "rolled back" in record.getMessage()
