@@ -359,6 +359,15 @@ class SQLASessionMiddleware:
         """
         return Capacity.of(self.engines, processes, threads)
 
+    @property
+    def registry(self) -> Any:
+        """The registry of the Pyramid application that is wrapped: Pyramid's scripts and tests ask their ``app`` for it.
+
+        :raises AttributeError: if the wrapped application has none.
+        """
+        wrapped: Any = self.app
+        return wrapped.registry
+
     def dispose(self) -> None:
         """Close the idle connections of the pools. An Engine that was given is not touched."""
         self._source.dispose()
