@@ -361,7 +361,7 @@ class SQLASessionMiddleware:
 
     @property
     def registry(self) -> Any:
-        """The registry of the Pyramid application that is wrapped: Pyramid's scripts and tests ask their ``app`` for it.
+        """The registry of the Pyramid application that is wrapped, for scripts and tests that ask ``app`` for it.
 
         :raises AttributeError: if the wrapped application has none.
         """

@@ -54,7 +54,7 @@ class PyramidPolicy:
         session_options = arguments["session_options"]
         session_class = session_options.get("class_", Session)
         if isinstance(session_class, type) and issubclass(session_class, Session):  # Others are refused below.
-            session_options["class_"] = joining(session_class)
+            session_options["class_"] = joining(cast(Any, session_class))
         app: Any = self.answer
         try:
             if options.transaction is not None:
@@ -102,7 +102,7 @@ class PyramidPolicy:
         elif type(limit) is not int or not 1 <= limit <= attempts:
             raise ConfigurationError(
                 "'retry.activate_hook'",
-                f"must return None, or a whole number from 1 to {attempts}, which is 'retry.attempts', got {shown(limit)}.",
+                f"must return None, or a whole number from 1 to the {attempts} of all requests, got {shown(limit)}.",
             )
         if number >= limit:
             managed.may_repeat = False

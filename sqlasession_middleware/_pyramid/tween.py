@@ -171,7 +171,7 @@ class _Turn:
         return response
 
     def _goes_around(self, error: Exception) -> bool:
-        """Whether the WSGI middleware answers what the commit has raised: by another attempt, by 503, or by its page."""
+        """Whether the WSGI middleware answers an error of the commit: by another attempt, 503, or a page."""
         managed = self.managed
         if managed is None:
             return False

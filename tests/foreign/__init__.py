@@ -1,0 +1,1 @@
+"""The tests of other packages, run with this library in their place: see ``run.py``."""

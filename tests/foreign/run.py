@@ -1,0 +1,115 @@
+"""Runs the tests of the packages that this library takes the place of, with the library in their place.
+
+.. code-block:: console
+
+    $ python -m tests.foreign.run
+    $ python -m tests.foreign.run pyramid_tm
+
+Their sdists are downloaded into a temporary folder, and nothing of them is kept. A test that fails without being listed
+here, and one that is listed and passes, is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The tests of one package.
+
+    :param requirement: the package and its version, as pip takes it.
+    :param plugin: the module in this folder that has the library take the package's place.
+    :param tests: pytest's arguments: those tests that are about behaviour, and not about the package's own functions.
+    :param at_least: how many of them have to be there.
+    :param differences: the tests that fail, each with the reason that the guide names.
+    """
+
+    requirement: str
+    plugin: str
+    tests: Sequence[str]
+    at_least: int
+    differences: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.requirement.partition("==")[0]
+
+
+SUITES = (
+    Suite("pyramid_tm==2.6", "pyramid_in_place", ["tests/test_it.py::TestIntegration"], 17),
+    Suite("pyramid_retry==2.1.1", "pyramid_in_place", ["tests/test_it.py"], 17),
+)
+
+
+def download(requirement: str, folder: Path) -> Path:
+    """Return the folder of the package's sources."""
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement], check=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    sdist.unlink()
+    (sources,) = folder.iterdir()
+    return sources
+
+
+def run(suite: Suite, sources: Path) -> Mapping[str, bool]:
+    """Return the names of the tests, and whether each has passed."""
+    report = sources / "report.xml"
+    options = ["-q", "-p", suite.plugin, "-p", "no:cacheprovider", "-o", "addopts=", "-o", "junit_family=xunit1"]
+    # Their warnings are theirs.
+    options += ["-W", "ignore", "--override-ini=filterwarnings=", "--rootdir", str(sources), f"--junit-xml={report}"]
+    paths = [str(HERE), str(HERE.parent.parent), str(sources)]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", *options, *suite.tests]
+    done = subprocess.run(command, cwd=sources, env=environ, stdout=subprocess.PIPE, text=True, check=False)
+    if not report.exists():
+        raise SystemExit(f"{suite.name}: pytest has failed:\n{done.stdout}")
+    passed = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = "::".join(filter(None, [case.get("classname", "").rpartition("test_it.")[2], case.get("name", "")]))
+        passed[name] = case.find("failure") is None and case.find("error") is None
+    if not all(passed[name] or name in suite.differences for name in passed):
+        print(done.stdout)
+    return passed
+
+
+def complaints(suite: Suite, passed: Mapping[str, bool]) -> list[str]:
+    """What is not as it is listed."""
+    found = [
+        f"{name} fails, and is not listed." for name in passed if not passed[name] and name not in suite.differences
+    ]
+    found += [f"{name} is listed, and passes." for name in suite.differences if passed.get(name, False)]
+    found += [f"{name} is listed, and is not there." for name in suite.differences if name not in passed]
+    if len(passed) < suite.at_least:
+        found.append(f"{len(passed)} tests are there, instead of {suite.at_least} or more.")
+    return found
+
+
+def main(names: Sequence[str]) -> int:
+    unexpected = 0
+    for suite in SUITES:
+        if names and suite.name not in names:
+            continue
+        with TemporaryDirectory() as folder:
+            passed = run(suite, download(suite.requirement, Path(folder)))
+        for complaint in complaints(suite, passed):
+            unexpected += 1
+            print(f"{suite.name}: {complaint}")
+        print(f"{suite.requirement}: {sum(passed.values())} of {len(passed)} tests pass with the library in its place")
+    return 1 if unexpected else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
