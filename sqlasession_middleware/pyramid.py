@@ -19,7 +19,6 @@ from typing import Any, cast
 import transaction
 from pyramid.config import PHASE1_CONFIG, Configurator
 from pyramid.config.actions import ActionInfo
-from pyramid.config.tweens import Tweens
 from pyramid.exceptions import ConfigurationError
 from pyramid.interfaces import ITweens
 from pyramid.request import Request
@@ -87,10 +86,7 @@ def includeme(config: Configurator) -> None:
         if policy.transaction is not None:
             tweens.add_implicit(TWEEN, tm_tween_factory, over=EXCVIEW)
 
-    tweens = registry.queryUtility(ITweens)
-    if tweens is None:
-        tweens = Tweens()
-        registry.registerUtility(tweens, ITweens)
+    tweens = registry.getUtility(ITweens)
     config.action(OWN_TWEEN, set_up, order=PHASE1_CONFIG)
     with _in_place_of("pyramid_tm", config):
         config.add_request_method(find_manager, "tm", reify=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import transaction
+from pyramid import testing
 from pyramid.config import Configurator
-from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError
+from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError, URLDecodeError
 from pyramid.exceptions import ConfigurationError as PyramidConfigurationError
 from pyramid.request import Request
 from pyramid.response import Response
@@ -291,8 +293,8 @@ class Mailer:
         return lambda transaction: self.done.append(name)
 
 
-@pytest.mark.parametrize(("name", "last"), [("Bea", "tpc_finish"), ("Ada", "tpc_abort")])
-def test_others_join_the_transaction(site: Callable[..., Site], engine: Engine, name: str, last: str) -> None:
+@pytest.mark.parametrize("name", ["Bea", "Ada"])
+def test_others_join_the_transaction(site: Callable[..., Site], engine: Engine, name: str) -> None:
     """What the database refuses keeps a mail from being sent."""
     mailer = Mailer()
     hooks: list[Any] = []
@@ -308,7 +310,7 @@ def test_others_join_the_transaction(site: Callable[..., Site], engine: Engine, 
         connection.execute(insert(Guest.__table__).values(name="Ada"))
     made = site(view, exception_view(IntegrityError))
     assert made.get() == (200 if name == "Bea" else 409)
-    assert mailer.done[-1 if name == "Ada" else -2] == last
+    assert ("tpc_finish" in mailer.done, "tpc_abort" in mailer.done) == (name == "Bea", name == "Ada")
     assert hooks == [(name == "Bea", "sent")]
 
 
@@ -571,17 +573,17 @@ def test_rolls_back_whatever_ends_the_view(site: Callable[..., Site]) -> None:
 def test_an_outcome_that_is_unknown_has_its_page(site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
     """No exception view claims that nothing was stored."""
 
-    class Lost(Exception):
+    class LostError(Exception):
         pass
 
-    def cut(self: Any, connection: Any) -> None:
-        raise Lost
+    def do_commit(self: Any, connection: Any) -> None:
+        raise LostError
 
     made = site(adds("Ada"), exception_view(Exception))
-    monkeypatch.setattr(type(made.engine.dialect), "do_commit", cut)
+    monkeypatch.setattr(type(made.engine.dialect), "do_commit", do_commit)
     response = made.browser.get("/", status=500)
     monkeypatch.undo()
-    assert "unknown" in response.text or "not known" in response.text
+    assert "known" in response.text
     assert made.names() == []
 
 
@@ -659,7 +661,7 @@ def test_an_explicit_chain_of_tweens(site: Callable[..., Site], engine: Engine, 
 
 
 def test_an_explicit_chain_without_the_tween_is_refused(site: Callable[..., Site]) -> None:
-    with pytest.raises(ConfigurationExecutionError, match="'pyramid.tweens' lists the tweens"):
+    with pytest.raises(ConfigurationExecutionError, match=r"'pyramid\.tweens' lists the tweens"):
         site(pyramid__tweens=[EXCVIEW])
     assert site(pyramid__tweens=[EXCVIEW], transaction=False).get() == 200
     assert MAIN not in CHAIN
@@ -720,13 +722,10 @@ def test_tells_the_manager_user_and_path(site: Callable[..., Site]) -> None:
 
     made = site(view, configure, tm__annotate_user="true")
     made.browser.get("/door")
-    made.browser.get("/%ff", expect_errors=True)
+    with pytest.raises(URLDecodeError):
+        made.browser.get("/%ff")
     site(view, configure).get()
-    assert told == [("Ada", "/door"), ("", "/")] or told == [
-        ("Ada", "/door"),
-        ("Ada", "a path that is not UTF-8"),
-        ("", "/"),
-    ]
+    assert told == [("Ada", "/door"), ("", "/")]
 
 
 def test_the_session_knows_its_request(site: Callable[..., Site]) -> None:
@@ -762,6 +761,36 @@ def test_a_test_gives_its_session_and_its_manager(site: Callable[..., Site], eng
     assert made.names() == []
 
 
+def test_a_test_may_invoke_a_request_with_its_manager(site: Callable[..., Site]) -> None:
+    made = site(adds("Ada"))
+    request = Request.blank("/", environ={"tm.active": True, "tm.manager": transaction.TransactionManager()})
+    assert made.app.invoke_subrequest(request, use_tweens=True).status_int == 200
+    assert made.names() == []
+
+
+def test_a_rollback_of_another_data_manager_that_fails_has_its_page(site: Callable[..., Site]) -> None:
+    class StuckMailer(Mailer):
+        def abort(self, transaction: Any) -> None:
+            raise ValueError
+
+    def view(request: Any) -> Response:
+        request.tm.get().join(StuckMailer())
+        raise KeyError
+
+    assert site(view, exception_view(ValueError)).get() == 409
+    assert site(view).get() == "ValueError"
+
+
+def test_includes_into_a_configuration_without_tweens(engine: Engine) -> None:
+    config = testing.setUp(autocommit=False, settings={"dbengine": engine})
+    try:
+        config.include(INCLUDE)
+        config.add_view(adds("Ada"))
+        assert Browser(config.make_wsgi_app()).get("/").status_int == 200
+    finally:
+        testing.tearDown()
+
+
 def test_a_test_may_give_its_manager_alone(site: Callable[..., Site]) -> None:
     made = site(adds("Ada"))
     manager = transaction.TransactionManager(explicit=True)
@@ -779,7 +808,7 @@ def test_a_script_commits_by_its_manager(site: Callable[..., Site], engine: Engi
         request = env["request"]
         with request.tm:
             request.dbsession.add(Guest(name="Ada"))
-        with pytest.raises(KeyError), request.tm:
+        with suppress(KeyError), request.tm:
             request.dbsession.add(Guest(name="Bea"))
             request.dbsession.flush()
             raise KeyError
@@ -801,10 +830,12 @@ def test_a_script_has_to_begin_with_an_explicit_manager(site: Callable[..., Site
             request.dbsession.add(Guest(name="Ada"))
         with request.tm:
             request.dbsession.add(Guest(name="Ada"))
-        with pytest.raises(KeyError), request.tm:
-            assert request.tm.get().isRetryableError(OperationalError("", {}, Exception())) is False
-            raise KeyError
-    assert made.names() == ["Ada"]
+        request.tm.begin()  # The session is not used in it.
+        request.tm.abort()
+        with request.tm:
+            request.dbsession.add(Guest(name="Bea"))
+            assert not request.tm.get().isRetryableError(OperationalError("", {}, Exception()))
+    assert made.names() == ["Ada", "Bea"]
 
 
 def test_a_context_is_committed_by_the_manager_or_by_hand(site: Callable[..., Site]) -> None:
@@ -812,8 +843,9 @@ def test_a_context_is_committed_by_the_manager_or_by_hand(site: Callable[..., Si
     middleware = made.app.registry["sqlasession_middleware"]
     assert isinstance(middleware, SQLASessionMiddleware)
     with middleware.context(), prepare(registry=made.app.registry) as env:
-        session.add(Guest(name="Ada"))
         assert env["request"].dbsession is session()
+        session.add(Guest(name="Ada"))
+        env["request"].tm.commit()
         env["request"].tm.commit()
         session.add(Guest(name="Bea"))
         session.commit()
@@ -851,11 +883,13 @@ def test_settings_are_strings_or_objects(sqlite_url: str) -> None:
         "mako.directories": "guests:templates",
         "tm.own": "1",
     }
+
+    def tell(current: Session) -> str:
+        return f"{isinstance(current, OwnSession)} {current.expire_on_commit}"
+
     with Configurator(settings=settings) as config:
         config.include(INCLUDE)
-        config.add_view(
-            lambda request: Response(f"{isinstance(request.dbsession, OwnSession)} {request.dbsession.expire_on_commit}")
-        )
+        config.add_view(lambda request: Response(tell(request.dbsession)))
     app = config.make_wsgi_app()
     middleware = app.registry["sqlasession_middleware"]
     assert Browser(app).get("/").text == "True False"
@@ -902,7 +936,7 @@ def test_tm_attempts_of_old_files_are_read() -> None:
 @pytest.mark.parametrize("limit", [0, 4, "2"])
 def test_retry_activate_hook_may_not_ask_for_more(site: Callable[..., Site], limit: Any) -> None:
     made = site(retry__activate_hook=lambda request: limit)
-    with pytest.raises(ConfigurationError, match="'retry.activate_hook' must return None, or a whole number from 1"):
+    with pytest.raises(ConfigurationError, match=r"'retry\.activate_hook' must return None, or a whole"):
         made.browser.get("/")
 
 

@@ -93,10 +93,9 @@ class JoinedSession:
             self._join(self.transaction_manager.get())
 
     def detach(self) -> None:
-        """Take part no more."""
-        if self._is_attached:
-            self._is_attached = False
-            self.transaction_manager.unregisterSynch(self)
+        """Take part no more, after :meth:`attach`."""
+        self._is_attached = False
+        self.transaction_manager.unregisterSynch(self)
 
     def _join(self, transaction: Transaction) -> None:
         if self._transaction is not transaction:
