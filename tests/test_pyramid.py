@@ -23,8 +23,10 @@ from transaction.interfaces import NoTransaction, TransientError
 from webtest import TestApp as Browser  # Pytest would take it for a class of tests.
 
 from sqlasession_middleware import SQLASessionMiddleware, doom, session
+from sqlasession_middleware._database.observers import note_failure
 from sqlasession_middleware._pyramid.settings import read_options
 from sqlasession_middleware.errors import ConfigurationError
+from sqlasession_middleware.failures import Failure
 from sqlasession_middleware.pyramid import (
     BeforeRetry,
     IBeforeRetry,
@@ -570,14 +572,20 @@ def test_rolls_back_whatever_ends_the_view(site: Callable[..., Site]) -> None:
     assert mailer.done == ["abort"]
 
 
-def test_an_outcome_that_is_unknown_has_its_page(site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_observed", [True, False])
+def test_an_outcome_that_is_unknown_has_its_page(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, is_observed: bool
+) -> None:
     """No exception view claims that nothing was stored."""
 
     class LostError(Exception):
         pass
 
     def do_commit(self: Any, connection: Any) -> None:
-        raise LostError
+        error = LostError()
+        if is_observed:  # As the engine's events do.
+            note_failure(Failure.UNKNOWN, error)
+        raise error
 
     made = site(adds("Ada"), exception_view(Exception))
     monkeypatch.setattr(type(made.engine.dialect), "do_commit", do_commit)
@@ -850,7 +858,11 @@ def test_a_context_is_committed_by_the_manager_or_by_hand(site: Callable[..., Si
         session.add(Guest(name="Bea"))
         session.commit()
         session.add(Guest(name="Cid"))
-    assert made.names() == ["Ada", "Bea"]
+    with middleware.context(), prepare(registry=made.app.registry) as env:
+        session.add(Guest(name="Dan"))
+        env["request"].dbsession.flush()
+        env["request"].tm.commit()
+    assert made.names() == ["Ada", "Bea", "Dan"]
 
 
 def test_the_registry_is_reachable_where_the_application_is_wrapped_by_hand(engine: Engine) -> None:
