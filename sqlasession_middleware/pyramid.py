@@ -19,7 +19,6 @@ from typing import Any, cast
 import transaction
 from pyramid.config import PHASE1_CONFIG, Configurator
 from pyramid.config.actions import ActionInfo
-from pyramid.exceptions import ConfigurationError
 from pyramid.interfaces import ITweens
 from pyramid.request import Request
 from pyramid.tweens import EXCVIEW
@@ -45,6 +44,7 @@ from ._pyramid.settings import read_options
 from ._pyramid.tween import tm_tween_factory
 from ._scope.scope import running_scope
 from ._sessions.registry import open_session
+from .errors import ConfigurationError
 
 __all__ = [
     "BeforeRetry",
@@ -73,8 +73,8 @@ def includeme(config: Configurator) -> None:
 
     The settings are read when the configuration is committed, so whoever is included later may still set some.
 
-    :raises pyramid.exceptions.ConfigurationError: if pyramid_tm or pyramid_retry is included as well, or if a setting
-        is wrong; both when the configuration is committed.
+    :raises pyramid.exceptions.ConfigurationError: when the configuration is committed, if pyramid_tm or pyramid_retry
+        is included as well, or if a setting is wrong.
     """
     policy = PyramidPolicy()
     registry = config.registry
@@ -118,7 +118,7 @@ def _place_in_explicit_chain(tweens: Any, policy: PyramidPolicy) -> None:
         return
     names = [name for name, _ in tweens.explicit]
     if TWEEN not in names and OWN_TWEEN not in names:
-        raise ConfigurationError(f"'pyramid.tweens' lists the tweens, so it has to list {OWN_TWEEN} as well.")
+        raise ConfigurationError("'pyramid.tweens'", f"lists the tweens, so it has to list {OWN_TWEEN} as well.")
     tweens.explicit[:] = [(name, tm_tween_factory if name == TWEEN else factory) for name, factory in tweens.explicit]
 
 

@@ -26,7 +26,7 @@ __all__ = ["CHARGE", "JOINED", "Charge", "JoinedSession", "joining"]
 #: The environ key of the request's Charge.
 CHARGE = "sqlasession.charge"
 #: The key of the JoinedSession in the ``info`` of its Session.
-JOINED = "sqlasession.joined"
+JOINED = "sqlasession_middleware.joined"
 
 REPEATABLE = (Failure.TRANSIENT, Failure.LOST)
 
