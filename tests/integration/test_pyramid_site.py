@@ -1,6 +1,6 @@
 """A Pyramid application in the cookiecutter's form, bare and moved by the one line: answers, commands, an outage.
 
-It is one of ours, so that no test here needs the network; ``tests/foreign`` does the same with Pyramid's own tutorial.
+It is one of ours, so that no test here needs the network; ``tests/drop_in`` does the same with Pyramid's own tutorial.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A plugin of pytest for the tests of pyramid_tm and pyramid_retry: their ``config.include()`` finds ours.
 
-It is not imported with the other tests: ``run.py`` gives it to the pytest that runs in the folder of theirs.
+It is not imported with the other tests: ``pyramid_suites.py`` gives it to the pytest that runs in the folder of theirs.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 .. code-block:: console
 
-    $ python -m tests.foreign.run
-    $ python -m tests.foreign.run pyramid_tm
+    $ python tests/drop_in/pyramid_suites.py
+    $ python tests/drop_in/pyramid_suites.py pyramid_tm
 
 Their sdists are downloaded into a temporary folder, and nothing of them is kept. A test that fails without being listed
 here, and one that is listed and passes, is a failure.

@@ -1,1 +1,0 @@
-"""The tests of other packages, run with this library in their place: see ``run.py``."""
