@@ -10,13 +10,13 @@ import pytest
 import transaction
 from pyramid import testing
 from pyramid.config import Configurator
-from pyramid.exceptions import ConfigurationConflictError, ConfigurationExecutionError, URLDecodeError
+from pyramid.exceptions import BadCSRFToken, ConfigurationConflictError, ConfigurationExecutionError, URLDecodeError
 from pyramid.exceptions import ConfigurationError as PyramidConfigurationError
 from pyramid.request import Request
 from pyramid.response import Response
 from pyramid.scripting import prepare
 from pyramid.tweens import EXCVIEW, MAIN
-from sqlalchemy import Engine, create_engine, insert, select
+from sqlalchemy import Engine, create_engine, insert, select, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from transaction.interfaces import NoTransaction, TransientError
@@ -593,6 +593,117 @@ def test_an_outcome_that_is_unknown_has_its_page(
     monkeypatch.undo()
     assert "known" in response.text
     assert made.names() == []
+
+
+# -- what others have reported of pyramid_tm, pyramid_retry and zope.sqlalchemy
+
+
+def report(name: str) -> Any:
+    """Gives the test the name of the thread that it rebuilds, and the engine."""
+    return pytest.mark.parametrize("engine", [name], ids=[name], indirect=True)
+
+
+@report("Pylons/pyramid#3600")
+def test_the_user_of_the_request_is_changed_in_a_finished_callback(site: Callable[..., Site], engine: Engine) -> None:
+    def view(request: Any) -> Response:
+        guest = Guest(name="Ada")
+        request.dbsession.add(guest)
+        request.add_finished_callback(lambda request: setattr(guest, "name", "Bea"))
+        return Response("done")
+
+    made = site(view)
+    assert made.get() == 200
+    assert made.names() == ["Bea"]
+
+
+@report("hypothesis/h#3683")
+def test_exception_views_that_query_leave_nothing_open(site: Callable[..., Site], engine: Engine) -> None:
+    """Raised before the view, so outside of a transaction of the application's."""
+
+    def view(request: Any) -> Response:
+        raise BadCSRFToken
+
+    def page(error: Exception, request: Any) -> Response:
+        return Response(str(request.dbsession.scalars(select(Guest.name)).all()), status=403)
+
+    made = site(view, lambda config: config.add_exception_view(page, context=BadCSRFToken))
+    for _ in range(30):
+        assert made.get() == 403
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]  # of its QueuePool
+
+
+@report("hypothesis/h#4704")
+def test_requests_are_committed_after_others_that_have_used_the_session_late(
+    site: Callable[..., Site], engine: Engine
+) -> None:
+    """A session that is at the place in memory of an earlier one was taken for that one."""
+
+    def view(request: Any) -> Response:
+        request.add_finished_callback(lambda request: request.dbsession.scalars(select(Guest.name)).all())
+        request.dbsession.add(Guest(name=request.params["name"]))
+        return Response("done")
+
+    made = site(view)
+    for number in range(30):
+        made.browser.get(f"/?name={number}")
+    assert len(made.names()) == 30
+
+
+@report("zopefoundation/zope.sqlalchemy#67")
+def test_updates_that_the_orm_makes_of_a_statement_are_committed(site: Callable[..., Site], engine: Engine) -> None:
+    def view(request: Any) -> Response:
+        request.dbsession.execute(update(Guest).where(Guest.name == "Ada").values(name="Bea"))
+        return Response("done")
+
+    with engine.begin() as connection:
+        connection.execute(insert(Guest.__table__).values(name="Ada"))
+    made = site(view)
+    assert made.get() == 200
+    assert made.names() == ["Bea"]
+
+
+@report("Pylons/pyramid_tm#74")
+def test_the_user_that_a_tween_has_loaded_can_be_used_in_the_view(site: Callable[..., Site], engine: Engine) -> None:
+    def configure(config: Any) -> None:
+        config.add_request_method(lambda request: request.dbsession.scalars(select(Guest)).one(), "user", reify=True)
+        config.add_tween(f"{__name__}.loading_tween", over="pyramid_tm.tm_tween_factory")
+
+    with engine.begin() as connection:
+        connection.execute(insert(Guest.__table__).values(name="Ada"))
+    made = site(lambda request: Response(request.user.name), configure, tm__annotate_user="true")
+    assert made.browser.get("/").text == "Ada"
+
+
+def loading_tween(handler: Any, registry: Any) -> Any:
+    def tween(request: Any) -> Any:
+        assert request.user is not None
+        return handler(request)
+
+    return tween
+
+
+@report("websauna/websauna#222")
+def test_an_exception_view_for_all_errors_does_not_keep_a_request_from_being_repeated(
+    site: Callable[..., Site], engine: Engine
+) -> None:
+    attempts: list[Any] = []
+    rival = Rival(engine)
+
+    def view(request: Any) -> Response:
+        attempts.append(request)
+        if len(attempts) == 3:
+            rival.leave()
+        request.dbsession.add(Guest(name="Ada"))
+        request.dbsession.flush()
+        return Response("done")
+
+    def page(error: Exception, request: Any) -> Response:
+        request.tm.abort()
+        return Response(status=500)
+
+    made = site(view, lambda config: config.add_exception_view(page, context=Exception))
+    assert made.get() == 200
+    assert made.names() == ["Ada"]
 
 
 # -- tweens and requests
