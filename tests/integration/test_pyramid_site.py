@@ -157,11 +157,15 @@ def test_mixed_requests_are_answered_the_same(tmp_path: Path) -> None:
 
 
 def test_an_outage_is_answered_with_503(tmp_path: Path) -> None:
-    """The database stops for 3 s under load: with the one line and two options no request is a 500."""
+    """The database stops for 3 s under load: with the one line and two options no request fails by a 500.
+
+    The application has an exception view for every error, which makes a 500 of it.
+    """
     with running(OwnPostgreSQL) as server:
         url = server.url.render_as_string(hide_password=False)
         with table(url), served(write_ini(tmp_path, url, True, "unavailable = true\ndeadline = 5")) as port:
             seen: list[tuple[float, int]] = []
+            failed: list[bytes] = []
             stopping = threading.Event()
 
             def load(number: int) -> None:
@@ -169,7 +173,10 @@ def test_an_outage_is_answered_with_503(tmp_path: Path) -> None:
                 while not stopping.is_set():
                     count += 1
                     path = "/names" if count % 2 else f"/add/plain?name={number}-{count}"
-                    seen.append((time.monotonic(), ask(port, path)[0]))
+                    status, body = ask(port, path)
+                    seen.append((time.monotonic(), status))
+                    if status == 500:
+                        failed.append(body)
 
             def wait_for(status: int) -> None:
                 """Wait until a request that begins now has a status."""
@@ -193,4 +200,6 @@ def test_an_outage_is_answered_with_503(tmp_path: Path) -> None:
                 stopping.set()
                 for client in clients:
                     client.join()
-        assert {status for _, status in seen} == {200, 503}
+        # A COMMIT that the server cuts short is no failure to be repeated: nobody knows whether it took place.
+        assert [body for body in failed if b"It is not known whether your change was saved" not in body] == []
+        assert {status for _, status in seen} - {500} == {200, 503}

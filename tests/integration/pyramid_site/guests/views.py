@@ -86,4 +86,4 @@ def includeme(config: Any) -> None:
     config.add_route("add", "/add/{how}")
     config.add_view(add, route_name="add", renderer="json")
     config.add_exception_view(taken, context=IntegrityError, renderer="json")
-    config.add_exception_view(failed, context=KeyError, renderer="json")
+    config.add_exception_view(failed, context=Exception, renderer="json")
