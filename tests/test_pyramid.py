@@ -16,7 +16,7 @@ from pyramid.request import Request
 from pyramid.response import Response
 from pyramid.scripting import prepare
 from pyramid.tweens import EXCVIEW, MAIN
-from sqlalchemy import Engine, create_engine, insert, select, update
+from sqlalchemy import Engine, create_engine, insert, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from transaction.interfaces import NoTransaction, TransientError
@@ -37,6 +37,8 @@ from sqlasession_middleware.pyramid import (
     is_tm_active,
     mark_error_retryable,
 )
+
+from .databases import DATABASES_SEEN
 
 INCLUDE = "sqlasession_middleware.pyramid"
 
@@ -437,6 +439,50 @@ def test_repetitions_go_around_exception_views(site: Callable[..., Site], engine
     assert attempts == [False, False]
     assert made.names() == ["Ada"]
     assert len(pages) == (1 if flushes else 0)
+
+
+@pytest.fixture
+def postgresql() -> Iterator[Engine]:
+    engine = create_engine(DATABASES_SEEN.url("postgresql", ""), isolation_level="SERIALIZABLE")
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE IF EXISTS pyramid_guest"))
+        named = "name VARCHAR PRIMARY KEY DEFERRABLE INITIALLY DEFERRED"
+        connection.execute(text(f"CREATE TABLE pyramid_guest ({named})"))
+    yield engine
+    Base.metadata.drop_all(engine)
+    engine.dispose()
+
+
+def test_a_constraint_that_only_the_commit_checks_has_its_page(postgresql: Engine) -> None:
+    made = Site(postgresql, adds("Ada"), exception_view(IntegrityError))
+    assert made.get() == 200
+    assert made.get() == 409
+    assert made.names() == ["Ada"]
+    assert postgresql.pool.checkedout() == 0  # type: ignore[attr-defined]  # of its QueuePool
+
+
+def test_a_serialization_failure_in_the_commit_is_repeated_without_a_page(postgresql: Engine) -> None:
+    pages: list[Any] = []
+    counts: list[int] = []
+
+    def view(request: Any) -> Response:
+        counts.append(len(request.dbsession.scalars(select(Guest.name)).all()))
+        request.dbsession.add(Guest(name=f"guest {counts[-1]}"))
+        request.dbsession.flush()
+        if len(counts) == 1:
+            with postgresql.begin() as rival:
+                seen = len(rival.scalars(select(Guest.name)).all())
+                rival.execute(insert(Guest.__table__).values(name=f"rival {seen}"))
+        return Response("done")
+
+    def page(error: Exception, request: Any) -> Response:
+        pages.append(error)
+        return Response(status=409)
+
+    made = Site(postgresql, view, lambda config: config.add_exception_view(page, context=Exception))
+    assert made.get() == 200
+    assert (counts, pages) == ([0, 1], [])
+    assert made.names() == ["guest 1", "rival 0"]
 
 
 @pytest.mark.parametrize(
