@@ -16,7 +16,7 @@ from pyramid.request import Request
 from pyramid.response import Response
 from pyramid.scripting import prepare
 from pyramid.tweens import EXCVIEW, MAIN
-from sqlalchemy import Engine, create_engine, insert, select, text, update
+from sqlalchemy import Engine, NullPool, create_engine, insert, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from transaction.interfaces import NoTransaction, TransientError
@@ -470,7 +470,8 @@ def test_a_serialization_failure_in_the_commit_is_repeated_without_a_page(postgr
         request.dbsession.add(Guest(name=f"guest {counts[-1]}"))
         request.dbsession.flush()
         if len(counts) == 1:
-            with postgresql.begin() as rival:
+            others = create_engine(postgresql.url, isolation_level="SERIALIZABLE", poolclass=NullPool)
+            with others.begin() as rival:
                 seen = len(rival.scalars(select(Guest.name)).all())
                 rival.execute(insert(Guest.__table__).values(name=f"rival {seen}"))
         return Response("done")
