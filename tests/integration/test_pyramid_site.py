@@ -20,8 +20,11 @@ from typing import Any
 
 import gunicorn
 import pytest
+from paste.deploy import loadapp
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.engine import make_url
+
+from sqlasession_middleware.paste import collected
 
 from ..databases import DATABASES_SEEN
 from ..ports import free_port
@@ -82,6 +85,15 @@ def test_the_commands_of_the_cookiecutter_work(sqlite_ini: Path) -> None:
     pyramid("pshell", ini, typed="dbsession.add(models.Guest(name='left'))\n")
     assert prequest(ini, "/names") == {"names": ["asked", "initial", "typed"]}
     assert "pyramid_tm.tm_tween_factory" in pyramid("ptweens", ini)
+
+
+def test_the_commands_of_the_library_find_the_middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SITE)
+    ini = write_ini(tmp_path, f"sqlite:///{tmp_path}/guests.db", True)
+    with collected() as found:
+        app = loadapp(f"config:{ini}")
+    assert found == [app.registry["sqlasession_middleware"]]
+    found[0].dispose()
 
 
 @contextmanager
