@@ -20,11 +20,8 @@ from typing import Any
 
 import gunicorn
 import pytest
-from paste.deploy import loadapp
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.engine import make_url
-
-from sqlasession_middleware.paste import collected
 
 from ..databases import DATABASES_SEEN
 from ..ports import free_port
@@ -87,13 +84,11 @@ def test_the_commands_of_the_cookiecutter_work(sqlite_ini: Path) -> None:
     assert "pyramid_tm.tm_tween_factory" in pyramid("ptweens", ini)
 
 
-def test_the_commands_of_the_library_find_the_middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SITE)
+def test_the_commands_of_the_library_find_the_middleware(tmp_path: Path) -> None:
     ini = write_ini(tmp_path, f"sqlite:///{tmp_path}/guests.db", True)
-    with collected() as found:
-        app = loadapp(f"config:{ini}")
-    assert found == [app.registry["sqlasession_middleware"]]
-    found[0].dispose()
+    command = [sys.executable, "-c", "from sqlasession_middleware.cli import main; main()", "wait", str(ini)]
+    done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, ""), done
 
 
 @contextmanager
