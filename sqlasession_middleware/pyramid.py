@@ -63,6 +63,7 @@ __all__ = [
 
 #: The name of the tween, so that the tweens of others that have to be over or under it find their place.
 TWEEN = "pyramid_tm.tm_tween_factory"
+REMOVE = "sqlasession_middleware.pyramid takes the place of {0}: remove config.include({0!r})."
 OWN_TWEEN = f"{__name__}.tm_tween_factory"
 #: After everything that a package may do to the chain of tweens.
 _LAST = 1000
@@ -88,25 +89,25 @@ def includeme(config: Configurator) -> None:
 
     tweens = registry.getUtility(ITweens)
     config.action(OWN_TWEEN, set_up, order=PHASE1_CONFIG)
-    with _in_place_of("pyramid_tm", config):
+    with _in_place(config, REMOVE.format("pyramid_tm")):
         config.add_request_method(find_manager, "tm", reify=True)
         config.action(("tween", TWEEN, False), place_tween)
-    with _in_place_of("pyramid_retry", config):
+    with _in_place(config, REMOVE.format("pyramid_retry")):
         config.set_execution_policy(policy)
     for name, (predicate, replaced) in PREDICATES.items():
-        with _in_place_of(replaced, config):
+        with _in_place(config, REMOVE.format(replaced)):
             config.add_view_predicate(name, predicate)
-    config.add_request_method(find_session, "dbsession", property=True)
+    with _in_place(config, "sqlasession_middleware.pyramid adds request.dbsession: remove the application's own."):
+        config.add_request_method(find_session, "dbsession", property=True)
     config.action(None, partial(_place_in_explicit_chain, tweens, policy), order=_LAST)
 
 
 @contextmanager
-def _in_place_of(replaced: str, config: Configurator) -> Iterator[None]:
-    """Have Pyramid say what to remove, should actions that are added here conflict with those of a package."""
+def _in_place(config: Configurator, told: str) -> Iterator[None]:
+    """Have Pyramid say what to remove, should actions that are added here conflict with those of others."""
     actions = config.action_state.actions
     before = len(actions)
     yield
-    told = f"sqlasession_middleware.pyramid takes the place of {replaced}: remove config.include({replaced!r})."
     for action in actions[before:]:
         where = action["info"]
         action["info"] = ActionInfo(where.file, where.line, where.function, told)

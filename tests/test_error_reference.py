@@ -280,6 +280,14 @@ def include_both() -> None:
     pyramid_app({}, lambda config: config.include("pyramid_tm"))
 
 
+@provokes("…sqlasession_middleware.pyramid adds request.dbsession: remove the application's own.…")
+def add_another_session() -> None:
+    def add_another(config: Any) -> None:
+        config.add_request_method(lambda request: None, "dbsession")
+
+    pyramid_app({}, lambda config: config.include(add_another))
+
+
 @provokes("Only exceptions and their classes can be marked as retryable, got …")
 def mark_a_text() -> None:
     mark_error_retryable("busy")  # type: ignore[arg-type]  # what is tested

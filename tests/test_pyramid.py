@@ -843,6 +843,22 @@ def test_the_packages_that_are_replaced_are_refused(engine: Engine, others: list
         config.make_wsgi_app()
 
 
+def test_another_dbsession_is_refused_unless_the_application_itself_adds_it(engine: Engine) -> None:
+    def add_another(config: Any) -> None:
+        config.add_request_method(lambda request: "another", "dbsession", reify=True)
+
+    config = Configurator(settings={"dbengine": engine})
+    config.include(INCLUDE)
+    config.include(add_another)
+    with pytest.raises(ConfigurationConflictError, match=r"adds request\.dbsession: remove the application's own"):
+        config.make_wsgi_app()
+    config = Configurator(settings={"dbengine": engine})
+    config.include(INCLUDE)
+    add_another(config)
+    config.add_view(lambda request: Response(request.dbsession))
+    assert Browser(config.make_wsgi_app()).get("/").text == "another"
+
+
 def test_a_subrequest_is_part_of_the_request(site: Callable[..., Site]) -> None:
     """With pyramid_tm, its commit ends the transaction of the thread, and an explicit one is another one."""
     managers: list[Any] = []
