@@ -550,10 +550,12 @@ def marked(error: Exception) -> Exception:
 def test_an_error_outside_of_the_tween_is_repeated_as_well_unless_there_was_a_commit(
     site: Callable[..., Site],
 ) -> None:
+    events: list[Any] = []
     attempts: list[Any] = []
 
     def configure(config: Any) -> None:
         config.add_subscriber(lambda event: raise_(MarkedError()), "pyramid.events.NewResponse")
+        config.add_subscriber(events.append, IBeforeRetry)
 
     def view(request: Any) -> Response:
         attempts.append(request)
@@ -563,7 +565,7 @@ def test_an_error_outside_of_the_tween_is_repeated_as_well_unless_there_was_a_co
 
     made = site(view, configure)
     assert made.get() == "MarkedError"
-    assert len(attempts) == 2
+    assert (len(attempts), len(events)) == (2, 1)
     assert made.names() == ["Ada"]
 
 
