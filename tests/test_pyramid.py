@@ -1014,6 +1014,11 @@ def test_a_script_has_to_begin_with_an_explicit_manager(site: Callable[..., Site
             request.dbsession.add(Guest(name="Ada"))
         with request.tm:
             request.dbsession.add(Guest(name="Ada"))
+            request.dbsession.flush()
+            savepoint = request.tm.savepoint()
+            request.dbsession.add(Guest(name="Zoe"))
+            request.dbsession.flush()
+            savepoint.rollback()
         request.tm.begin()  # The session is not used in it.
         request.tm.abort()
         with request.tm:
