@@ -6,16 +6,18 @@ from ._database.schema import metadata
 from ._scope.deadline import remaining
 from ._scope.local import application as _application
 from ._scope.local import local, local_manager
-from ._sessions.registry import session
+from ._sessions.registry import has_scope, session
 from ._sessions.release import release
 from ._sessions.routed_scope import on_primary
 from .middleware import SQLASessionMiddleware
-from .transaction import doom, repeat
+from .transaction import after_commit, doom, repeat
 
 __all__ = [
     "SQLASessionMiddleware",
+    "after_commit",
     "application",
     "doom",
+    "has_scope",
     "local",
     "local_manager",
     "metadata",

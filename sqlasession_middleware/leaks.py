@@ -13,18 +13,15 @@ Recording a stack takes some tens of microseconds for each checkout. Without the
 from __future__ import annotations
 
 import logging
-import os
-import traceback
 from functools import cache
 from itertools import islice
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import sqlalchemy
 from sqlalchemy import event
 
 from ._dependencies import calling_frame
+from ._recording.stacks import Stack, format_stack, take_stack
 from ._scope.scope import ENDED, ENDING, RUNNING, Scope, current, outwards
 from ._sessions.connections import open_connections
 
@@ -38,16 +35,7 @@ __all__ = ["Checkouts", "exempt_connections", "note_checkouts", "reporting"]
 
 logger = logging.getLogger(__name__)
 
-#: A call stack, innermost call first: the code that was called, and the number of the line in it.
-Stack = list[tuple[CodeType, int]]
-
 _observed_engines: WeakSet[Engine] = WeakSet()
-
-#: The folders of SQLAlchemy and of this library, whose calls between the application and the pool are not shown. They
-#: are full paths, because an application may be in a folder of the same name.
-_LIBRARY_FOLDERS = tuple(os.path.join(os.path.dirname(file), "") for file in (str(sqlalchemy.__file__), __file__))
-_TEST_RUNNER_FOLDERS = ("/_pytest/", "/pluggy/")
-
 
 #: Connections that are never reported: those of an isolated test, which stay open after the request that needed them.
 exempt_connections: WeakSet[PoolProxiedConnection] = WeakSet()
@@ -62,8 +50,7 @@ class Checkouts:
 
     def note(self, driver_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
         """Record a checkout. A listener for the ``checkout`` event of a pool."""
-        # Not traceback.extract_stack(), which checks each file of the stack for changes (linecache.checkcache()).
-        self._stacks[proxy] = [(frame.f_code, line) for frame, line in traceback.walk_stack(calling_frame(1))]
+        self._stacks[proxy] = take_stack(calling_frame(1))
 
     def stacks(self, held: Collection[PoolProxiedConnection] = ()) -> list[str]:
         """Return a formatted stack for each connection that was neither returned to its pool nor detached from it.
@@ -71,21 +58,10 @@ class Checkouts:
         :param held: connections that are not reported, because a session will return them.
         """
         return [
-            _format(stack)
+            format_stack(stack)
             for proxy, stack in list(self._stacks.items())
             if proxy.is_valid and not proxy.is_detached and proxy not in exempt_connections and proxy not in held
         ]
-
-
-def _format(stack: Stack) -> str:
-    """Format a stack as Python does, but only the calls of the application and of the server."""
-    frames = [
-        traceback.FrameSummary(code.co_filename, line, code.co_name)
-        for code, line in reversed(stack)
-        if not code.co_filename.startswith(_LIBRARY_FOLDERS)
-        and not any(part in code.co_filename.replace("\\", "/") for part in _TEST_RUNNER_FOLDERS)
-    ]
-    return "".join(traceback.StackSummary.from_list(frames).format())
 
 
 class ReportingScope(Scope):

@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import Token
 from functools import cached_property, partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from sqlalchemy import Engine, MetaData
+from sqlalchemy import Engine, MetaData, inspect
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
@@ -33,6 +33,7 @@ from ._database.observers import observe_nested
 from ._database.replicas import Replicas, read_replicas
 from ._database.routing import Routing
 from ._database.schema import TablesOf, create_tables, drop_tables, metadata, tables_by_key, warn_of_no_tables
+from ._lifecycle.background import BackgroundThreads
 from ._lifecycle.context import ScopeContext
 from ._lifecycle.deadline import with_deadline
 from ._lifecycle.ending import finish
@@ -42,23 +43,26 @@ from ._lifecycle.stream import end_with_call
 from ._scope.deadline import limited
 from ._scope.scope import ENDED, RUNNING, WAITING, Scope, current, outwards
 from ._sessions.classes import session_class_for
+from ._sessions.registry import current_scope
 from ._sessions.routed_scope import RoutedScope
 from ._sessions.routing_sessions import session_maker
-from ._settings.arguments import read_metadata, read_session_options, read_streams, wrap
+from ._settings.arguments import make_with_options, read_metadata, read_session_options, read_streams, wrap
 from ._settings.checks import (
     check_application,
     check_boolean,
+    check_count,
     check_deadline,
     check_seconds,
     check_seconds_or_none,
     resolve_option,
 )
 from ._settings.ini import ini_names, ini_place, read_settings
+from ._transaction.job import run_job
 from ._wsgi.file_wrapper import call_with_file_wrapper
 from .capacity import Capacity
-from .errors import ConfigurationError
+from .errors import ConfigurationError, shown
 from .leaks import note_checkouts, reporting
-from .transaction import TransactionMiddleware
+from .transaction import TransactionMiddleware, after_commit
 from .unavailable import UnavailableMiddleware
 
 if TYPE_CHECKING:
@@ -67,6 +71,8 @@ if TYPE_CHECKING:
     from .failures import Failure
 
 __all__ = ["SQLASessionMiddleware"]
+
+Result = TypeVar("Result")
 
 
 class SQLASessionMiddleware:
@@ -101,6 +107,8 @@ class SQLASessionMiddleware:
         middleware creates, True on those that are given as well, False on none. See :doc:`waits`.
     :param deadline: the seconds after which no request waits for its databases any more; or a callable of environ that
         returns them, or its dotted name. None is no limit. See :doc:`deadlines`.
+    :param background: how :meth:`background` works: a dict of ``threads``, how many there are in each process (2), and
+        of ``seconds``, how long :meth:`dispose` and the end of the process wait for them (10).
     :raises ConfigurationError: if a setting is wrong. The database is not contacted to find that out.
     """
 
@@ -132,6 +140,7 @@ class SQLASessionMiddleware:
         report_leaks: bool = False,
         lazy_begin: bool | None = None,
         deadline: float | Callable[[WSGIEnvironment], float | None] | str | None = None,
+        background: Mapping[str, Any] | None = None,
     ) -> None:
         check_application(app)
         self.app = app
@@ -156,8 +165,10 @@ class SQLASessionMiddleware:
         for source in self._sources():
             if lazy_begin or (lazy_begin is None and not source.given):
                 source.on_creation(begin_lazily)
+        self._background = make_with_options("background", BackgroundThreads, background)
         # UnavailableMiddleware is outermost: it answers a failure only after the last attempt of a transaction.
         app = wrap("transaction", TransactionMiddleware, app, transaction)
+        self._policy = app if isinstance(app, TransactionMiddleware) else None
         self._inner = wrap("unavailable", UnavailableMiddleware, app, unavailable)
         if deadline is not None:
             self._limit_requests(deadline)
@@ -206,6 +217,15 @@ class SQLASessionMiddleware:
             return cls(app, **arguments)
         except ConfigurationError as error:
             raise error.renamed(ini_names(prefix, arguments), ini_place(config)) from error.__cause__
+
+    @classmethod
+    def without_app(cls, bind: str | URL | Engine, **options: Any) -> Self:
+        """Make one that wraps nothing, for scripts, workers and set-up code: :meth:`context`, :meth:`run` and the rest.
+
+        :param bind: and ``options``: as for the class.
+        :raises ConfigurationError: if a setting is wrong, and when it is called as a WSGI application.
+        """
+        return cls(_no_application, bind, **options)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         outer = current.get(None)
@@ -281,6 +301,60 @@ class SQLASessionMiddleware:
             return ScopeContext(self, self.context_scope)
         check_deadline(deadline)
         return ScopeContext(self, limited(self.context_scope), deadline)
+
+    def run(
+        self,
+        call: Callable[..., Result],
+        *arguments: Any,
+        attempts: int | None = None,
+        deadline: float | None = None,
+    ) -> Result:
+        """Call a function outside of a request, in a context and a transaction of its own.
+
+        The transaction is committed if the function returns, and rolled back if it raises. After an error of the
+        database that may not recur, the function is called again, as a request would be. :doc:`jobs`.
+
+        .. code-block:: python
+
+            app.run(send_reminders, "Monday", attempts=3)
+
+        :param arguments: for the function.
+        :param attempts: the maximum number of attempts; those of ``transaction`` if it is not given, 1 without it.
+        :param deadline: the seconds after which all attempts together wait for the databases no more.
+        :returns: what the function returns. Objects of the session are detached by then.
+        :raises BaseException: what the function or the commit has raised in the last attempt.
+        :raises TypeError: if the function returns a generator or a coroutine, which has done nothing yet.
+        """
+        policy = self._policy or TransactionMiddleware(self.app)
+        if attempts is not None:
+            check_count("attempts", attempts)
+        with self.context(deadline=deadline):
+            function = partial(call, *arguments) if arguments else call
+            return run_job(policy, current_scope(), function, attempts or policy.attempts)
+
+    def background(self, call: Callable[..., object], *arguments: Any) -> None:
+        """Call a function in a thread of this process, as :meth:`run` does.
+
+        In a request or context of this application that takes place after its commit, and never without it: see
+        :func:`~sqlasession_middleware.after_commit`. What the function raises is logged.
+
+        :param arguments: for the function. Pass the keys of a Session's objects instead of the objects.
+        :raises TypeError: if the function cannot be called, or an argument belongs to a Session.
+        """
+        if not callable(call):
+            raise TypeError(f"background() needs a function, got {shown(call)}.")
+        for each in arguments:
+            if (state := inspect(each, raiseerr=False)) is not None and getattr(state, "session", None) is not None:
+                raise TypeError(
+                    f"background() cannot take {type(each).__name__}, which belongs to a Session that another thread"
+                    " must not use: pass its key."
+                )
+        job = partial(self.run, call, *arguments)
+        scope = current.get(None)
+        if isinstance(scope, Scope) and scope.state is not ENDED and scope.owner is self:
+            after_commit(partial(self._background.submit, job))
+        else:
+            self._background.submit(job)
 
     @property
     def engine(self) -> Engine:
@@ -369,7 +443,11 @@ class SQLASessionMiddleware:
         return wrapped.registry
 
     def dispose(self) -> None:
-        """Close the idle connections of the pools. An Engine that was given is not touched."""
+        """Close the idle connections of the pools. An Engine that was given is not touched.
+
+        What :meth:`background` has begun is waited for first.
+        """
+        self._background.wait()
         self._source.dispose()
         if self.routing is not None:
             self.routing.dispose()
@@ -382,6 +460,11 @@ class SQLASessionMiddleware:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.app!r} on {self._source!r}>"
+
+
+def _no_application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    problem = "is missing: without_app() made this for scripts. Pass the WSGI application to SQLASessionMiddleware."
+    raise ConfigurationError("app", problem)
 
 
 def _finish_and_reset(scope: Scope, token: Token[dict[str, Any]], error: BaseException | None = None) -> None:

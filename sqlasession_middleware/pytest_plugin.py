@@ -1,4 +1,4 @@
-"""A pytest plugin: fixtures for :mod:`sqlasession_middleware.testing`, and the ini option ``sqlasession_leaks``."""
+"""A pytest plugin: fixtures for :mod:`sqlasession_middleware.testing`, and its ini options."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 # Every pytest run in the environment loads this module. The fixtures import what they need when they are used.
 
 LEAKS = "sqlasession_leaks"
+N_PLUS_ONE = "sqlasession_n_plus_one"
+ALLOWED = "sqlasession_n_plus_one_allow"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the ini option ``sqlasession_leaks``."""
+    """Add the ini options."""
     parser.addini(LEAKS, "fail tests that leave a connection checked out of its pool", type="bool", default=False)
+    parser.addini(N_PLUS_ONE, "fail tests that send one SELECT after another (N+1)", type="bool", default=False)
+    parser.addini(ALLOWED, "what may be repeated: relationships, or parts of statements", type="linelist", default=[])
 
 
 @pytest.fixture
@@ -41,6 +45,25 @@ def assert_queries() -> Any:
     from .testing import assert_queries
 
     return assert_queries
+
+
+@pytest.fixture
+def no_n_plus_one() -> Any:
+    """The function :func:`sqlasession_middleware.testing.no_n_plus_one`."""
+    from .testing import no_n_plus_one
+
+    return no_n_plus_one
+
+
+@pytest.fixture(autouse=True)
+def _sqlasession_n_plus_one(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getini(N_PLUS_ONE):
+        yield
+        return
+    from .testing import no_n_plus_one
+
+    with no_n_plus_one(allow=request.config.getini(ALLOWED)):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +23,8 @@ from sqlalchemy.util import immutabledict
 
 from ._database.observers import commits_each_statement
 from ._database.read_only import read_only_engines
+from ._recording.listeners import recorded
+from ._recording.repeats import find_repeats
 from ._scope.scope import running_scope
 from ._sessions.isolated_connection import TRANSACTION_STATEMENT, IsolatedConnection
 from .leaks import Checkouts, exempt_connections
@@ -199,6 +201,28 @@ def assert_queries(count: int) -> Iterator[list[str]]:
     if len(statements) != count:
         shown = "".join(f"\n{number}. {statement}" for number, statement in enumerate(statements, 1))
         raise AssertionError(f"expected {count} statements, but {len(statements)} were sent:{shown or ' none'}")
+
+
+@contextmanager
+def no_n_plus_one(*, allow: Iterable[str] = ()) -> Iterator[None]:
+    """Check that the block does not send one SELECT after another for what a single one could load.
+
+    A SELECT counts if it comes three times or more from the same line, with the same calls before it, in the same
+    attempt at a request and on the same connection.
+
+    :param allow: what may be repeated: relationships such as ``"Author.books"``, or parts of statements.
+    :raises AssertionError: if there is such a SELECT; the message shows it, how often it came and from where, and what
+        to do about it.
+    :raises TypeError: if ``allow`` is a text instead of a collection of texts.
+    """
+    if isinstance(allow, str):
+        raise TypeError(f"allow must be a collection of texts, such as [{allow!r}].")
+    with recorded() as record:
+        yield
+    repeats = find_repeats(record.statements, tuple(allow))
+    if repeats:
+        shown = "\n\n".join(map(str, repeats))
+        raise AssertionError(f"N+1: these statements were sent for one object after another.\n\n{shown}")
 
 
 @contextmanager

@@ -16,15 +16,16 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._database.observers import observe_commits, observe_failures
 from ._scope.deadline import remaining
 from ._scope.protocols import ManagedTransaction
 from ._scope.scope import Scope, running_scope
-from ._sessions.registry import current_scope
+from ._sessions.calls import calls_of
+from ._sessions.registry import current_scope, open_session
 from ._sessions.release import release
-from ._settings.checks import check_application, check_bytes, check_seconds, resolve_option
+from ._settings.checks import check_application, check_bytes, check_count, check_seconds, resolve_option
 from ._transaction.attempt import Again, Attempt, CommitFailed, CommitVeto
 from ._transaction.websocket import serve_websocket
 from ._wsgi.kept_request import KeptRequest
@@ -35,9 +36,11 @@ from .failures import Failure
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-__all__ = ["TransactionMiddleware", "default_commit_veto", "doom", "release", "repeat"]
+__all__ = ["TransactionMiddleware", "after_commit", "default_commit_veto", "doom", "release", "repeat"]
 
 logger = logging.getLogger(__name__)
+
+Call = TypeVar("Call", bound=Callable[[], object])
 
 #: The environ key with the number of the attempt, from 1.
 ATTEMPT = "sqlasession.attempt"
@@ -75,6 +78,32 @@ def repeat(error: BaseException) -> None:
     transaction = _managed_transaction("repeat")
     transaction.doomed = True
     transaction.repeat_for = error
+
+
+def after_commit(call: Call) -> Call:
+    """Call a function once the work of the current request, or context, is durable, and never otherwise.
+
+    It is called after the commit of the scope's session, in a scope of its own, in which it may use ``session`` and has
+    to commit by itself. Functions are called in the order in which they were given. A rollback forgets those that were
+    given since the begin of the transaction or savepoint that it undoes, and so does a repetition of the request. Where
+    a TransactionMiddleware manages the transaction, no SQL has to be sent for the call to take place. What a function
+    raises is logged, and changes neither the response nor the calls after it.
+
+    :param call: a function without arguments. It is returned, so that this may be a decorator.
+    :raises ScopeError: outside of a scope.
+    :raises TypeError: if ``call`` cannot be called.
+    """
+    if not callable(call):
+        raise TypeError(f"after_commit() needs a function, got {shown(call)}.")
+    scope = current_scope()
+    open_context = getattr(scope.owner, "context", None)
+    if open_context is None:
+        raise ScopeError(f"after_commit() needs an application with context(), and {shown(scope.owner)} has none.")
+    if scope.transaction is not None:
+        scope.transaction.has_calls = True
+    session = open_session(scope)
+    calls_of(session, open_context).add(session, call)
+    return call
 
 
 def _managed_transaction(function: str) -> ManagedTransaction:
@@ -126,8 +155,7 @@ class TransactionMiddleware:
         replay_body_max: int = 10 * 1024 * 1024,
     ) -> None:
         check_application(app)
-        if type(attempts) is not int or attempts < 1:
-            raise ConfigurationError("attempts", f"must be a whole number from 1, got {shown(attempts)}.")
+        check_count("attempts", attempts)
         check_seconds("backoff_base", backoff_base)
         check_seconds("backoff_cap", backoff_cap)
         check_bytes("replay_body_memory", replay_body_memory)
@@ -178,10 +206,7 @@ class TransactionMiddleware:
                 return Attempt(self, environ, start_response, scope, request.is_repeatable).run()
             except Again as again:
                 scope.lost_each_time = lost_each_time = lost_each_time and again.failure is Failure.LOST
-                longest = min(self.backoff_cap, self.backoff_base * 2 ** min(number - 1, 60))
-                left = remaining()
-                # What is left is for the attempt as well.
-                wait = random.uniform(0, longest if left is None else min(longest, left / 2))
+                wait = self.backoff(number)
                 logger.warning(
                     "Attempt %d of %d at %s %r failed and will be repeated in %.3f s: %r",
                     number,
@@ -199,6 +224,16 @@ class TransactionMiddleware:
             time.sleep(wait)
         environ[ATTEMPT] = self.attempts
         return Attempt(self, environ, start_response, scope).run()
+
+    def backoff(self, number: int) -> float:
+        """Choose how many seconds to wait after an attempt.
+
+        :param number: the attempt's, from 1.
+        """
+        longest = min(self.backoff_cap, self.backoff_base * 2 ** min(number - 1, 60))
+        left = remaining()
+        # What is left is for the attempt as well.
+        return random.uniform(0, longest if left is None else min(longest, left / 2))
 
 
 def _read_exceptions(given: Any) -> tuple[type[Exception], ...]:

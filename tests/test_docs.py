@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
 from sqlasession_middleware import SQLASessionMiddleware
+from sqlasession_middleware._lifecycle.background import BackgroundThreads
 from sqlasession_middleware._settings import kinds, options
 from sqlasession_middleware._settings.kinds import Kind
 from sqlasession_middleware.health import HealthMiddleware
@@ -44,8 +45,10 @@ TYPES = {
 #: The keys that are in none of the tables of options, and what the page says of their types.
 OTHERS = {
     "sqlalchemy.url": "text",
+    "sqlalchemy.engine": TYPES[kinds.DOTTED],
     "sqlalchemy.connect_args.*": "any",
     "sqlalchemy.binds.NAME.url": "text",
+    "sqlalchemy.binds.NAME.engine": TYPES[kinds.DOTTED],
     "sqlalchemy.binds.NAME.*": "as above",
     "sqlalchemy.replicas": "URLs",
     "sqlalchemy.replicas.*": "as above",
@@ -58,6 +61,7 @@ TABLES: tuple[tuple[str, Mapping[str, Kind], Callable[..., Any], str], ...] = (
     ("", options.OTHER_SETTINGS, SQLASessionMiddleware, ""),
     ("transaction.", options.TRANSACTION_OPTIONS, TransactionMiddleware, ""),
     ("unavailable.", options.UNAVAILABLE_OPTIONS, UnavailableMiddleware, ""),
+    ("background.", options.BACKGROUND_OPTIONS, BackgroundThreads, ""),
     ("", options.HEALTH_OPTIONS, HealthMiddleware, ""),
 )
 
@@ -97,7 +101,7 @@ def test_reference_has_the_defaults_that_signatures_have(documented: dict[str, l
 
 
 #: The parameters of the constructor that keys of their own readers set: see the tables of ini.py.
-READ_APART = {"bind", "binds", "replicas", "engine_options", "session_options"}
+READ_APART = {"bind", "binds", "replicas", "engine_options", "session_options", "background"}
 
 
 def test_each_parameter_has_an_ini_key_and_each_key_a_parameter() -> None:
@@ -106,6 +110,7 @@ def test_each_parameter_has_an_ini_key_and_each_key_a_parameter() -> None:
         (TransactionMiddleware, {*options.STACKED["transaction"]}),
         (UnavailableMiddleware, {*options.STACKED["unavailable"]}),
         (HealthMiddleware, {*options.HEALTH_OPTIONS}),
+        (BackgroundThreads, {*options.BACKGROUND_OPTIONS}),
     ]
     for owner, names in expected:
         assert {*inspect.signature(owner).parameters} - {"app"} == names

@@ -29,7 +29,7 @@ from sqlalchemy import MetaData, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqlasession_middleware import SQLASessionMiddleware, application, doom, local, local_manager, session
+from sqlasession_middleware import SQLASessionMiddleware, after_commit, application, doom, local, local_manager, session
 from sqlasession_middleware._database.breaker import breaker_of
 from sqlasession_middleware._pyramid.settings import read_options
 from sqlasession_middleware._settings import kinds
@@ -172,6 +172,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "… must be exception classes or their dotted names, got …": {"transaction": {"retry_on": [print]}},
     "… must be a WSGI application, a callable, got …": REFUSED["app"][0],
     "… must be true, false or a dict of options, got …": {"transaction": "yes"},
+    "… must be a dict of options, got …": {"background": 3},
     "… must be a MetaData, such as a declarative Base.metadata, or several, got …": REFUSED["metadata"][0],
     "… must be a subclass of Session, got …": REFUSED["session class"][0],
     "… are not accepted by Session: …": REFUSED["session value"][0],
@@ -204,6 +205,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
 }
 
+
+def make_no_engine() -> None:
+    raise ValueError("postgresql://ada:secret@localhost/shop")
+
+
 #: Settings of an ini, beside a URL. No text is no setting at all.
 INI: dict[str, dict[str, Any]] = {
     "… must be …, which an ini file cannot contain: set it in Python.": {"session.info": "{}"},
@@ -219,6 +225,12 @@ INI: dict[str, dict[str, Any]] = {
     "… is not a setting: list the URLs in …": {"sqlalchemy.replicas.url": "sqlite://"},
     "… must be …binds.NAME.url or binds.NAME.OPTION, with an engine option.": {"sqlalchemy.binds.audit": "sqlite://"},
     "… is missing: set it to a database URL, …": {"sqlalchemy.url": ""},
+    "… and '…url' are both set: remove one of them.": {"sqlalchemy.engine": f"{__name__}:ENGINE"},
+    "… must be the dotted name of an Engine, or of a function that returns one, got …": {
+        "sqlalchemy.url": "",
+        "sqlalchemy.engine": f"{__name__}:ARGUMENTS",
+    },
+    "… could not be had: …() has raised ….": {"sqlalchemy.binds.audit.engine": f"{__name__}:make_no_engine"},
     "… is missing, although options for replicas are set.": {"sqlalchemy.replicas.pool_size": "1"},
 }
 
@@ -293,7 +305,30 @@ def mark_a_text() -> None:
     mark_error_retryable("busy")  # type: ignore[arg-type]  # what is tested
 
 
+@provokes("… and '…engine' are both set: remove one of them.")
+def set_an_engine_first() -> None:
+    config = {"sqlalchemy.engine": f"{__name__}:ENGINE", "sqlalchemy.url": "sqlite://"}
+    SQLASessionMiddleware.from_config(nothing, config)
+
+
+@provokes("… is missing: without_app() made this for scripts. …")
+def call_what_wraps_nothing() -> None:
+    consume(SQLASessionMiddleware.without_app("sqlite://")(environ(), start_response))
+
+
 # Use of the session.
+
+
+@provokes("after_commit() needs an application with context(), and … has none.")
+def wait_for_the_commit_of_an_old_application() -> None:
+    class Old:
+        database_engine = ENGINE
+
+    local.application = Old()
+    try:
+        after_commit(print)
+    finally:
+        local_manager.cleanup()
 
 
 @provokes("No application is bound here, so 'session' has no scope: …")
@@ -499,6 +534,41 @@ def fail_once(make: Any) -> None:
         return answer(start)
 
     call(make(app, transaction={"attempts": 2, **NO_WAIT}))
+
+
+@provokes("Attempt … of … of … failed and will be repeated in … s: …")
+def fail_once_in_a_job(make: Any) -> None:
+    failures = [Deadlock("serialize")]
+
+    def job() -> None:
+        if failures:
+            raise failures.pop()
+
+    make(transaction=NO_WAIT).run(job, attempts=2)
+
+
+def fail() -> None:
+    raise ValueError("work")
+
+
+@provokes("A call after the commit failed: …")
+def fail_after_the_commit(make: Any) -> None:
+    make().run(lambda: after_commit(fail))
+
+
+@provokes("A call in the background failed: …")
+def fail_in_the_background(make: Any) -> None:
+    app = make()
+    app.background(fail)
+    app.dispose()
+
+
+@provokes("The time of … s for calls in the background is up: …")
+def have_no_time_in_the_background(make: Any) -> None:
+    app, ended = make(background={"seconds": 0}), threading.Event()
+    app.background(ended.wait)
+    app.dispose()
+    ended.set()
 
 
 @provokes("The websocket at … has ended, and its session is rolled back with …")

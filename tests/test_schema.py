@@ -421,11 +421,14 @@ def test_error_of_a_listener_is_raised_unless_it_says_that_another_was_faster(sq
     app.dispose()
 
 
-def test_lock_of_a_file_that_is_not_had_is_an_error(sqlite_url: str) -> None:
+@pytest.mark.parametrize("begins", [False, True], ids=["", "the application sends BEGIN"])
+def test_lock_of_a_file_that_is_not_had_is_an_error(sqlite_url: str, begins: bool) -> None:
     own = MetaData()
     Table("test_schema_own", own, Column("id", Integer, primary_key=True))
     options = {"connect_args": {"timeout": 0.05}}
     app = SQLASessionMiddleware(lambda environ, start: [], sqlite_url, metadata=own, engine_options=options)
+    if begins:
+        event.listen(app.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     holder = create_engine(sqlite_url)
     with holder.connect() as connection:
         connection.exec_driver_sql("BEGIN IMMEDIATE")

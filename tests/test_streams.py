@@ -8,7 +8,21 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import Column, Integer, MetaData, String, Table, delete, event, func, insert, select, text, update
+from sqlalchemy import (
+    Column,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    delete,
+    event,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import IntegrityError, PendingRollbackError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -439,6 +453,18 @@ def test_release_gives_back_what_only_reads_and_nothing_else(make: Any) -> None:
 
         consume(make(app, transaction=transaction)(environ(), lambda status, headers, exc_info=None: None))
     assert names(wrapped) == ["one", "core"]
+
+
+@pytest.mark.parametrize("expire", [True, False])
+def test_release_expires_what_a_commit_would_expire(make: Any, expire: bool) -> None:
+    wrapped = make(lambda environ, start: [], session_options={"expire_on_commit": expire})
+    with wrapped.context():
+        item = session.scalars(select(Item)).one()
+        session.connection()  # What was done with it is not known: a database that can tell is asked.
+        can_tell = wrapped.engine.dialect.name not in ("mysql", "mariadb")
+        assert release() is can_tell
+        assert inspect(item).expired is (expire and can_tell)
+        assert item.name == "one"
 
 
 def test_release_commits_between_two_events_when_a_transaction_is_in_charge(make: Any) -> None:

@@ -67,7 +67,7 @@ def observe_failures(owner: Application) -> None:
 
 
 def _listen_for_failures(engine: Engine) -> None:
-    if engine not in _observed_for_failures:  # Another thread may have been faster.
+    if engine not in _observed_for_failures:  # pragma: no branch  # another thread may have been faster
         # First, because a listener that raises keeps the others from being called. And last, because a listener may
         # know better than the dialect that the connection is lost.
         event.listen(engine, "handle_error", _note_error)

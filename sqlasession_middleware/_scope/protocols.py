@@ -56,6 +56,8 @@ class ManagedTransaction(Protocol):
 
     #: whether it is rolled back even if the request succeeds
     doomed: bool
+    #: whether calls may wait for the commit, so that it takes place also if nothing was sent
+    has_calls: bool
     #: the error that the application asks to repeat the request for
     repeat_for: BaseException | None
     #: whether the request may be repeated

@@ -11,6 +11,7 @@ from sqlalchemy.orm.session import SessionTransactionState
 
 from .._dependencies import TRANSACTION, connections_of, disown, open_connections_of, state_of_transaction
 from .._scope.scope import Scope
+from .calls import waiting
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -76,12 +77,20 @@ def close_transaction(transaction: SessionTransaction) -> None:
 
     ``Session.rollback()`` would expire them, whatever ``expire_on_commit`` says. ``Session.commit()`` would make
     durable what the end of a request undoes, such as PostgreSQL's SET.
+
+    :param transaction: one that has only read: what waits for its commit goes on waiting.
     """
+    calls = waiting.get(transaction.session) if waiting else None
+    if calls is not None:
+        calls.is_end_of_reading = True
     try:
         transaction.close()
     except BaseException:
         _give_back_all(transaction)
         raise
+    finally:
+        if calls is not None:
+            calls.is_end_of_reading = False
 
 
 def _give_back_all(transaction: Any) -> None:

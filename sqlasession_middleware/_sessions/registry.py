@@ -15,13 +15,13 @@ from sqlalchemy.util import ScopedRegistry
 
 from .._database import forks
 from .._database.forks import check_process, fork_safe_lock, has_unseen_forks, leave_session_to_parent
-from .._scope.scope import ENDED, WAITING, Scope, begin, current
+from .._scope.scope import ENDED, NOTHING, WAITING, Scope, begin, current
 from ..errors import ScopeError, shown
 from .classes import session_class_for
 from .connections import disown_returned, remove_session
 from .request_session import RequestSession
 
-__all__ = ["current_scope", "new_session", "session"]
+__all__ = ["current_scope", "has_scope", "new_session", "open_session", "session"]
 
 logger = logging.getLogger("sqlasession_middleware.sessions")
 
@@ -124,7 +124,7 @@ class ScopeSession(scoped_session[Session]):
     def remove(self) -> None:
         """Close the scope's Session, if one is open. The next use opens another one.
 
-        It does nothing while a TransactionMiddleware is in charge and the session has work to commit: recipes for
+        It does nothing while a TransactionMiddleware is in charge and there is something to commit: recipes for
         frameworks call it in their teardown, before it is known whether the response is a success.
 
         :raises Exception: what the Session's ``close()`` raised, after its connections were given back.
@@ -133,7 +133,12 @@ class ScopeSession(scoped_session[Session]):
         # Code that runs between two steps of a response, in a copy of a step's context, must not remove its session.
         if isinstance(scope, Scope) and scope.state is not WAITING:
             orm_session = scope.session
-            if scope.transaction is None or orm_session is None or not orm_session.in_transaction():
+            transaction = scope.transaction
+            if (
+                transaction is None
+                or orm_session is None
+                or not (orm_session.in_transaction() or transaction.has_calls)
+            ):
                 remove_session(scope)
 
     def configure(self, **options: Any) -> None:
@@ -164,6 +169,14 @@ def current_scope() -> Scope:
             " code that outlives its request runs in its own 'with app.context():'."
         )
     return values
+
+
+def has_scope() -> bool:
+    """Whether ``session`` finds a scope here: in a request, and in ``with app.context():``.
+
+    For code that also runs where it would raise a :exc:`~sqlasession_middleware.errors.ScopeError`.
+    """
+    return "application" in current.get(NOTHING)  # A scope that has ended is empty.
 
 
 def new_session(**options: Any) -> Session:

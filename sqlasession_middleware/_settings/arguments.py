@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import MetaData
 from sqlalchemy.orm import Session
@@ -16,7 +17,9 @@ from .options import SESSION_OPTIONS
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
-__all__ = ["read_metadata", "read_session_options", "read_streams", "wrap"]
+__all__ = ["make_with_options", "read_metadata", "read_session_options", "read_streams", "wrap"]
+
+Made = TypeVar("Made")
 
 
 def read_metadata(metadata: Any) -> tuple[MetaData, ...]:
@@ -80,13 +83,24 @@ def wrap(parameter: str, middleware: Callable[..., WSGIApplication], app: WSGIAp
         raise ConfigurationError(parameter, f"must be true, false or a dict of options, got {type(options).__name__}.")
     if options is False:
         return app
-    options = {} if options is True else options
-    known = [name for name in inspect.signature(middleware).parameters if name != "app"]
-    for name in options:
+    return make_with_options(parameter, partial(middleware, app), {} if options is True else options)
+
+
+def make_with_options(parameter: str, make: Callable[..., Made], options: Mapping[str, Any] | None) -> Made:
+    """Make something of a dict of options.
+
+    :param parameter: the parameter that the options were given as.
+    :param make: takes the options by their names, and checks their values.
+    :raises ConfigurationError: if an option is unknown or wrong.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigurationError(parameter, f"must be a dict of options, got {shown(options)}.")
+    known = inspect.signature(make).parameters
+    for name in options or ():
         if name not in known:
             raise ConfigurationError(parameter, f"is not an option{nearest(str(name), known)}", name)
     try:
-        return middleware(app, **options)
+        return make(**(options or {}))
     except ConfigurationError as error:
         raise ConfigurationError(parameter, error.problem, error.parameter) from error.__cause__
 

@@ -12,6 +12,7 @@ __all__ = [
     "check_application",
     "check_boolean",
     "check_bytes",
+    "check_count",
     "check_deadline",
     "check_path_or_none",
     "check_seconds",
@@ -42,6 +43,12 @@ def check_bytes(parameter: str, number: Any) -> None:
     """:raises ConfigurationError: if ``number`` is not a whole number from 0."""
     if type(number) is not int or number < 0:
         raise ConfigurationError(parameter, f"must be a whole number of bytes from 0, got {shown(number)}.")
+
+
+def check_count(parameter: str, number: Any) -> None:
+    """:raises ConfigurationError: if ``number`` is not a whole number from 1."""
+    if type(number) is not int or number < 1:
+        raise ConfigurationError(parameter, f"must be a whole number from 1, got {shown(number)}.")
 
 
 def check_path_or_none(parameter: str, path: Any) -> None:

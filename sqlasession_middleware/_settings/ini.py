@@ -1,7 +1,8 @@
 """Reads an ini section: a flat mapping of strings becomes the keyword arguments of the middleware.
 
 Two tables, :data:`ENGINE_KEYS` and :data:`OTHER_KEYS`, map each key to the function that reads it. The second one is
-made of the tables of options, so that a new option needs no code here. No engine is made, and no database contacted.
+made of the tables of options, so that a new option needs no code here. No engine is made, unless a function is named
+that makes it, and no database is contacted.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from sqlalchemy import Engine
 from sqlalchemy.engine import make_url
 
 from .._drivers.sqlite import sqlite_file
-from ..errors import ConfigurationError, nearest
-from .kinds import BOOLEAN, LITERAL, TEXT, Kind, parse_setting
-from .options import ENGINE_OPTIONS, OTHER_SETTINGS, SESSION_OPTIONS, STACKED
+from ..errors import ConfigurationError, nearest, shown
+from .kinds import BOOLEAN, DOTTED, LITERAL, TEXT, Kind, parse_setting
+from .options import BACKGROUND_OPTIONS, ENGINE_OPTIONS, OTHER_SETTINGS, SESSION_OPTIONS, STACKED
 
 __all__ = ["PLACE_KEYS", "ini_names", "ini_place", "read_options", "read_settings"]
 
@@ -58,7 +60,15 @@ _Reader = Callable[[_Section, _Entry], None]
 
 
 def _read_url(section: _Section, entry: _Entry) -> None:
+    if "bind" in section.arguments:
+        raise ConfigurationError(entry.setting, f"and '{section.prefix}engine' are both set: remove one of them.")
     section.arguments["bind"] = _from_folder(entry.value, section.folder)
+
+
+def _read_engine(section: _Section, entry: _Entry) -> None:
+    if "bind" in section.arguments:
+        raise ConfigurationError(entry.setting, f"and '{section.prefix}url' are both set: remove one of them.")
+    section.arguments["bind"] = _find_engine(entry.setting, entry.value)
 
 
 def _read_replica_urls(section: _Section, entry: _Entry) -> None:
@@ -81,6 +91,8 @@ def _read_bind(section: _Section, entry: _Entry) -> None:
     bind = section.arguments.setdefault("binds", {}).setdefault(name, {})
     if option == "url":
         bind["url"] = _from_folder(entry.value, section.folder)
+    elif option == "engine":
+        bind["url"] = _find_engine(entry.setting, entry.value)
     else:
         _read_engine_option_into(bind, option, entry)
 
@@ -108,6 +120,7 @@ def _read_argument(parameter: str, kind: Kind, section: _Section, entry: _Entry)
 #: The keys behind the engine's prefix and their readers. ``*`` stands for any text. The first key that fits is taken.
 ENGINE_KEYS: Mapping[str, _Reader] = {
     "url": _read_url,
+    "engine": _read_engine,
     "replicas": _read_replica_urls,
     "replicas.*": _read_replica_option,
     "binds.*": _read_bind,
@@ -123,7 +136,7 @@ OTHER_KEYS: Mapping[str, _Reader] = {
     **dict.fromkeys(STACKED, _read_switch),
     **{
         f"{parameter}.{name}": partial(_read_option, parameter, name, kind)
-        for parameter, options in STACKED.items()
+        for parameter, options in {**STACKED, "background": BACKGROUND_OPTIONS}.items()
         for name, kind in options.items()
     },
     **{name: partial(_read_argument, name, kind) for name, kind in OTHER_SETTINGS.items()},
@@ -206,6 +219,25 @@ def _read_engine_option_into(options: dict[str, Any], name: str, entry: _Entry) 
     else:
         # An option that is not in the table may be one of the dialect. create_engine() refuses it if it is not.
         options[name] = parse_setting(entry.setting, entry.value, ENGINE_OPTIONS.get(name, TEXT))
+
+
+def _find_engine(setting: str, text: str) -> Engine:
+    """Import an Engine, or import and call a function that returns one.
+
+    :raises ConfigurationError: if it is neither, or if the function fails.
+    """
+    found = parse_setting(setting, text, DOTTED)
+    if not isinstance(found, Engine) and callable(found):
+        try:
+            found = found()
+        except Exception as error:
+            # The error itself may show a password.
+            problem = f"could not be had: {text.strip()}() has raised {type(error).__name__}."
+            raise ConfigurationError(setting, problem) from error
+    if not isinstance(found, Engine):
+        problem = f"must be the dotted name of an Engine, or of a function that returns one, got {shown(found)}."
+        raise ConfigurationError(setting, problem)
+    return found
 
 
 def _from_folder(text: Any, folder: str | None) -> Any:

@@ -30,6 +30,7 @@ from .kinds import (
 )
 
 __all__ = [
+    "BACKGROUND_OPTIONS",
     "ENGINE_OPTIONS",
     "HEALTH_OPTIONS",
     "OTHER_SETTINGS",
@@ -131,6 +132,12 @@ HEALTH_OPTIONS: Mapping[str, Kind] = {
     "live": URL_PATH_OR_NONE,
     "ready": URL_PATH_OR_NONE,
     "timeout": SECONDS,
+}
+
+#: The parameters of :class:`~sqlasession_middleware._lifecycle.background.BackgroundThreads`.
+BACKGROUND_OPTIONS: Mapping[str, Kind] = {
+    "seconds": SECONDS,
+    "threads": WHOLE,
 }
 
 #: The parameters that switch an inner middleware on, and its options. Ini keys have the parameter as their prefix.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 from .._database.attribution import failure_of
 from .._database.recovery import pending_failure
 from .._dependencies import flush_error
-from .._scope.deadline import remaining
 from .._scope.scope import Scope
 from .._sessions.routed_scope import note_unknown_commit
 from .._wsgi import error_pages
@@ -198,15 +197,13 @@ class Attempt(HeldHead):
             logger.error("It is not known whether a transaction was committed: %s", cause, exc_info=cause)
             note_unknown_commit(self.scope)
             return error_pages.outcome_unknown()(self.environ, self.start_response)
-        asked, transaction.repeat_for = transaction.repeat_for, None
-        repeatable = failure in (Failure.TRANSIENT, Failure.LOST) or isinstance(cause, self.policy.retry_on)
-        may_repeat = transaction.may_repeat and transaction.commits == 0 and remaining() != 0
-        if (repeatable or asked is not None) and may_repeat:
-            transaction.abort()
-            self._close_body()
-            transaction.remove_session()
-            raise Again(asked or cause, failure)
-        return None
+        reason = transaction.reason_to_repeat(failure, cause, self.policy.retry_on)
+        if reason is None:
+            return None
+        transaction.abort()
+        self._close_body()
+        transaction.remove_session()
+        raise Again(reason, failure)
 
     def _answer_to_failed_commit(self, failure: Failure | None, error: Exception) -> Iterable[bytes] | None:
         """Ask the application for its response to a commit that has failed. The transaction is rolled back already.

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from .._database.read_only import read_only_engines
 from .._drivers.registry import driver_by_dialect
+from .._scope.deadline import remaining
 from .._scope.scope import Scope
+from .._sessions.calls import waiting
 from .._sessions.connections import open_connections, remove_session
 from .._sessions.release import end_known_reading, held_connections
 from ..failures import Failure
@@ -30,6 +32,7 @@ class RequestTransaction:
 
     # Defaults are class attributes, so that a request that does not change them does not have to set them.
     doomed = False
+    has_calls = False
     repeat_for: BaseException | None = None
     #: whether the commit veto decided to roll back
     vetoed = False
@@ -65,7 +68,7 @@ class RequestTransaction:
         :raises Exception: if the commit failed.
         """
         session = self.scope.session
-        if session is None or not session.in_transaction():
+        if session is None or not (session.in_transaction() or self.has_calls):
             return
         if self.may_repeat and not session.twophase and _commits_to_several(session):
             self.may_repeat = False  # One database may commit before another one fails.
@@ -87,7 +90,7 @@ class RequestTransaction:
             return False
         if self.doomed or self.vetoed:
             self.roll_back()
-        elif session.in_transaction():
+        elif session.in_transaction() or self.has_calls:
             try:
                 session.commit()
             except Exception:
@@ -119,6 +122,8 @@ class RequestTransaction:
             except Exception:
                 logger.exception("A transaction could not be rolled back: its session is closed")
                 self.remove_session()
+            if self.has_calls and session in waiting:
+                waiting[session].forget()  # No event tells of a transaction that has not begun.
 
     def abort(self, failure: Failure | None = None) -> None:
         """Roll back and conclude the transaction.
@@ -133,6 +138,21 @@ class RequestTransaction:
             session.invalidate()
         else:
             self.roll_back()
+
+    def reason_to_repeat(
+        self, failure: Failure | None, cause: BaseException, retry_on: tuple[type[Exception], ...]
+    ) -> BaseException | None:
+        """Decide whether to try again, after a failure or because the application has asked for it.
+
+        :param cause: the error, or what the application has given as the reason.
+        :param retry_on: further errors that may not recur.
+        :returns: the reason; None if the attempt is the last one.
+        """
+        asked, self.repeat_for = self.repeat_for, None
+        repeatable = failure in (Failure.TRANSIENT, Failure.LOST) or isinstance(cause, retry_on)
+        if (repeatable or asked is not None) and self.may_repeat and self.commits == 0 and remaining() != 0:
+            return asked or cause
+        return None
 
     def remove_session(self) -> None:
         """Close the session. A failure is logged."""

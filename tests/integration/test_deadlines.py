@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,24 +197,28 @@ def server_is_stopped(row: Row, stack: ExitStack, mode: str, own: Any) -> Iterat
 @contextmanager
 def stopped(server: OwnServer) -> Iterator[None]:
     assert server.process is not None
+    # The server first and, at the end, last: while it is stopped none of its children goes away. One that was just
+    # ending stays a zombie.
     found = [server.process.pid]
-    for each in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = each.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == server.process.pid:
-            found.append(int(each.parent.name))
-    for pid in found:
-        os.kill(pid, signal.SIGSTOP)
+    os.kill(server.process.pid, signal.SIGSTOP)
     try:
-        for pid in found:
-            while any(state_of(task) != "T" for task in Path(f"/proc/{pid}/task").iterdir()):
-                time.sleep(0.01)
+        wait_until_stopped(server.process.pid)
+        for each in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                if int(each.read_text().rpartition(")")[2].split()[1]) == server.process.pid:
+                    found.append(int(each.parent.name))
+        for pid in found[1:]:
+            os.kill(pid, signal.SIGSTOP)
+            wait_until_stopped(pid)
         yield
     finally:
-        for pid in found:
+        for pid in reversed(found):
             os.kill(pid, signal.SIGCONT)
+
+
+def wait_until_stopped(pid: int) -> None:
+    while any(state_of(task) not in "TZX" for task in Path(f"/proc/{pid}/task").iterdir()):
+        time.sleep(0.01)
 
 
 def state_of(task: Path) -> str:

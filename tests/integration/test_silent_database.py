@@ -8,18 +8,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from wsgiref.types import StartResponse, WSGIEnvironment
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
+from werkzeug.test import Client
+
+from sqlasession_middleware import SQLASessionMiddleware, session
+from sqlasession_middleware.unavailable import breaker_state
 
 from ..drivers import Row, rows_of
 from ..ports import free_port
 from .faulty_ways import Gate
 from .servers import PATIENCE, ROOT, end_group
-from .silent_app import BREAKER_SECONDS, DEADLINE
+from .silent_app import BREAKER_SECONDS, DEADLINE, PLAIN
 
 THREADS = 8
 #: Seconds in which a page without a database is answered, on a busy machine.
@@ -127,3 +132,52 @@ def test_silent_database_costs_the_other_pages_nothing(site: Site) -> None:
     assert log.count("told so at once") == 1
     assert log.count("is reachable again") == 1
     assert log.count("Traceback") <= 2
+
+
+def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    session.execute(text("SELECT 1"))
+    start_response("200 OK", PLAIN)
+    return [b"done"]
+
+
+# Connecting may take half of the time, so that there is some left for the primary.
+@pytest.mark.parametrize(("is_warm", "first"), [(True, 503), (False, 200)], ids=["connected", "connecting"])
+@pytest.mark.parametrize("row", rows_of("psycopg", "pymysql"))
+def test_silent_replica_is_passed_over(row: Row, is_warm: bool, first: int) -> None:
+    url = make_url(row.url())
+    with Gate(str(url.host), url.port or (5432 if row.server == "postgresql" else 3306)) as gate:
+        app = SQLASessionMiddleware(
+            answer,
+            url,
+            replicas=[url.set(host="127.0.0.1", port=gate.port)],
+            replica_retry=BREAKER_SECONDS,
+            deadline=DEADLINE,
+            unavailable=True,
+        )
+        client, replica = Client(app), app.engines["replicas[0]"]
+
+        def ask() -> tuple[int, float]:
+            begun = time.monotonic()
+            return client.get("/", buffered=True).status_code, time.monotonic() - begun
+
+        try:
+            if is_warm:
+                assert ask()[0] == 200
+                assert replica.pool.checkedin() == 1
+            gate.shut()
+            # One request finds out.
+            status, took = ask()
+            assert (status, breaker_state(replica)) == (first, "open")
+            assert took < DEADLINE + USUAL
+            # The others read from the primary, and do not wait.
+            for _ in range(5):
+                status, took = ask()
+                assert status == 200
+                assert took < USUAL
+            gate.open()
+            end = time.monotonic() + PATIENCE
+            while breaker_state(replica) != "closed":
+                assert ask()[0] == 200
+                assert time.monotonic() < end
+        finally:
+            app.dispose()
