@@ -458,6 +458,15 @@ class SQLASessionMiddleware:
         """
         return Capacity.of(self.engines, processes, threads)
 
+    @property
+    def registry(self) -> Any:
+        """The registry of the Pyramid application that is wrapped, for scripts and tests that ask ``app`` for it.
+
+        :raises AttributeError: if the wrapped application has none.
+        """
+        wrapped: Any = self.app
+        return wrapped.registry
+
     def dispose(self) -> None:
         """Close the idle connections of the pools. An Engine that was given is not touched.
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Middleware = TypeVar("Middleware")
 
-__all__ = ["collected", "health", "main", "transaction", "unavailable"]
+__all__ = ["collect", "collected", "health", "main", "transaction", "unavailable"]
 
 _collection: ContextVar[list[SQLASessionMiddleware] | None] = ContextVar(
     "sqlasession_middleware.collection", default=None
@@ -45,15 +45,20 @@ def main(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) 
     """
     place = {key: global_conf[key] for key in PLACE_KEYS if key in global_conf}
     middleware = SQLASessionMiddleware.from_config(app, {**place, **settings})
+    collect(middleware)
+    return middleware
+
+
+def collect(middleware: SQLASessionMiddleware) -> None:
+    """Tell whoever collects them of a middleware."""
     collection = _collection.get()
     if collection is not None:
         collection.append(middleware)
-    return middleware
 
 
 @contextmanager
 def collected() -> Iterator[list[SQLASessionMiddleware]]:
-    """Collect what :func:`main` makes inside the block, wherever in an ini file it is used."""
+    """Collect what :func:`main`, and the include for Pyramid, make inside the block, wherever in an ini file."""
     collection: list[SQLASessionMiddleware] = []
     token = _collection.set(collection)
     try:

@@ -42,7 +42,7 @@ def test_loggers_and_their_attributes_are_those_of_the_page() -> None:
             if isinstance(key, ast.Constant)
         }
     assert first_cells("Loggers") == sorted(set(loggers))
-    assert extras == {"application", "finisher"}
+    assert extras == {"application", "finisher", "slow"}
     assert extras <= set(literals(SECTIONS["Loggers"]))
 
 

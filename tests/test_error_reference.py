@@ -22,15 +22,20 @@ from typing import Any, NamedTuple
 import pytest
 from click.testing import Result
 from docutils import nodes
+from pyramid.config import Configurator
+from pyramid.exceptions import ConfigurationExecutionError
+from pyramid.tweens import EXCVIEW
 from sqlalchemy import MetaData, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqlasession_middleware import SQLASessionMiddleware, after_commit, application, doom, local, local_manager, session
 from sqlasession_middleware._database.breaker import breaker_of
+from sqlasession_middleware._pyramid.settings import read_options
 from sqlasession_middleware._settings import kinds
 from sqlasession_middleware.health import HealthMiddleware
 from sqlasession_middleware.models import SavesItself
+from sqlasession_middleware.pyramid import mark_error_retryable
 from sqlasession_middleware.request import Request
 from sqlasession_middleware.testing import assert_queries, isolated, no_leaks
 from sqlasession_middleware.transaction import TransactionMiddleware
@@ -244,6 +249,63 @@ def configure(given: dict[str, Any]) -> Callable[[], object]:
 
 PROVOKERS.update({message: construct(arguments) for message, arguments in ARGUMENTS.items()})
 PROVOKERS.update({message: configure(given) for message, given in INI.items()})
+
+
+# Pyramid.
+
+
+@provokes("… must be a callable or its dotted name, got …")
+def name_no_veto() -> None:
+    read_options({"sqlalchemy.url": "sqlite://", "tm.commit_veto": "no.such.thing"})
+
+
+@provokes("… says the same as …: keep one of the two.")
+def set_both() -> None:
+    read_options({"sqlalchemy.url": "sqlite://", "retry.attempts": "3", "transaction.attempts": "3"})
+
+
+def pyramid_app(settings: dict[str, Any], configure: Callable[[Any], None] = lambda config: None) -> Any:
+    config = Configurator(settings={"sqlalchemy.url": "sqlite://", **settings})
+    config.include("sqlasession_middleware.pyramid")
+    try:
+        configure(config)
+        return config.make_wsgi_app()
+    except ConfigurationExecutionError as error:
+        raise error.evalue from None
+
+
+@provokes("… lists the tweens, so it has to list … as well.")
+def leave_out_the_tween() -> None:
+    pyramid_app({"pyramid.tweens": [EXCVIEW]})
+
+
+@provokes("… must return None, or a whole number from 1 to the … of all requests, got …")
+def ask_for_too_many() -> None:
+    app = pyramid_app({"retry.activate_hook": lambda request: 4})
+    consume(app(environ(), start_response))
+
+
+@provokes("The view predicate … must be True or False, got …")
+def ask_for_an_active_view() -> None:
+    pyramid_app({}, lambda config: config.add_view(nothing, tm_active="yes"))
+
+
+@provokes("…sqlasession_middleware.pyramid takes the place of …: remove config.include(…)…")
+def include_both() -> None:
+    pyramid_app({}, lambda config: config.include("pyramid_tm"))
+
+
+@provokes("…sqlasession_middleware.pyramid adds request.dbsession: remove the application's own.…")
+def add_another_session() -> None:
+    def add_another(config: Any) -> None:
+        config.add_request_method(lambda request: None, "dbsession")
+
+    pyramid_app({}, lambda config: config.include(add_another))
+
+
+@provokes("Only exceptions and their classes can be marked as retryable, got …")
+def mark_a_text() -> None:
+    mark_error_retryable("busy")  # type: ignore[arg-type]  # what is tested
 
 
 @provokes("… and '…engine' are both set: remove one of them.")

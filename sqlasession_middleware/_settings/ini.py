@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from sqlalchemy import Engine
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import make_url
 
 from .._drivers.sqlite import sqlite_file
 from ..errors import ConfigurationError, nearest, shown
@@ -35,7 +35,7 @@ _BETWEEN_URLS = re.compile(r",?\s+|,(?=[a-z][a-z0-9+_]*://)")
 class _Section:
     """An ini section, and the arguments that were read from it so far."""
 
-    def __init__(self, config: Mapping[str, str], prefix: str) -> None:
+    def __init__(self, config: Mapping[str, Any], prefix: str) -> None:
         self.prefix = prefix
         self.place = ini_place(config)
         self.folder = config.get("here")
@@ -53,7 +53,7 @@ class _Entry(NamedTuple):
 
     setting: str
     name: str
-    value: str
+    value: Any
 
 
 _Reader = Callable[[_Section, _Entry], None]
@@ -72,7 +72,7 @@ def _read_engine(section: _Section, entry: _Entry) -> None:
 
 
 def _read_replica_urls(section: _Section, entry: _Entry) -> None:
-    urls = _BETWEEN_URLS.split(entry.value.strip())
+    urls = _BETWEEN_URLS.split(entry.value.strip()) if isinstance(entry.value, str) else entry.value
     section.arguments["replicas"] = [_from_folder(url, section.folder) for url in urls if url]
 
 
@@ -143,12 +143,13 @@ OTHER_KEYS: Mapping[str, _Reader] = {
 }
 
 
-def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
+def read_settings(config: Mapping[str, Any], prefix: str, *, may_be_objects: bool = False) -> dict[str, Any]:
     """Convert an ini section to keyword arguments of the middleware.
 
     :param config: the keys and values of the section. With PasteDeploy's ``here`` the relative path of a SQLite file is
         taken from that folder; with its ``__file__`` errors name the file.
     :param prefix: the prefix of the engine's keys, ``"sqlalchemy."``.
+    :param may_be_objects: whether a value may be what Python would give to the constructor, instead of a string.
     :raises ConfigurationError: if a key is missing or unknown, or a value is not of its kind.
     """
     section = _Section(config, prefix)
@@ -157,7 +158,7 @@ def read_settings(config: Mapping[str, str], prefix: str) -> dict[str, Any]:
         if key in PLACE_KEYS:
             continue
         setting = f"{key!r}{section.place}"
-        if not isinstance(value, str):
+        if not (may_be_objects or isinstance(value, str)):
             raise ConfigurationError(setting, f"must be a string, as in an ini file, got {type(value).__name__}.")
         read, name = _find_reader(key, readers)
         if read is None:
@@ -239,8 +240,10 @@ def _find_engine(setting: str, text: str) -> Engine:
     return found
 
 
-def _from_folder(text: str, folder: str | None) -> str | URL:
+def _from_folder(text: Any, folder: str | None) -> Any:
     """Take the relative path of a SQLite URL from ``folder``, the ini's, instead of the current one."""
+    if not isinstance(text, str):
+        return text
     text = text.strip()
     try:
         url = make_url(text)

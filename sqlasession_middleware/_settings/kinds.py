@@ -126,12 +126,15 @@ OBJECT = Kind("an object", (), None)
 _IMPORTED = (BOOLEAN_OR_DOTTED, DEADLINE, DOTTED, DOTTED_OR_NONE, DOTTED_NAMES)
 
 
-def parse_setting(setting: str, text: str, kind: Kind) -> Any:
+def parse_setting(setting: str, text: Any, kind: Kind) -> Any:
     """Convert the text of one setting.
 
     :param setting: the name of the setting, for the error.
+    :param text: anything but a text is Python's, and returned as it is.
     :raises ConfigurationError: if the text is not of the kind.
     """
+    if not isinstance(text, str):
+        return text
     if kind.parse is None:
         raise ConfigurationError(setting, f"must be {kind.name}, which an ini file cannot contain: set it in Python.")
     try:

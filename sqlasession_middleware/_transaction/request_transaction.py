@@ -58,15 +58,25 @@ class RequestTransaction:
         if session is not None:
             if self.doomed or self.vetoed:
                 self.roll_back()
-            elif session.in_transaction() or self.has_calls:
-                if self.may_repeat and not session.twophase and _commits_to_several(session):
-                    self.may_repeat = False  # One database may commit before another one fails.
-                try:
-                    session.commit()
-                except Exception:
-                    self.commit_failed = True
-                    raise
+            else:
+                self.commit()
         self.concluded = True
+
+    def commit(self) -> None:
+        """Commit what there is. More may follow, which :meth:`conclude` commits.
+
+        :raises Exception: if the commit failed.
+        """
+        session = self.scope.session
+        if session is None or not (session.in_transaction() or self.has_calls):
+            return
+        if self.may_repeat and not session.twophase and _commits_to_several(session):
+            self.may_repeat = False  # One database may commit before another one fails.
+        try:
+            session.commit()
+        except Exception:
+            self.commit_failed = True
+            raise
 
     def end_unit(self) -> bool:
         """Commit the work of one unit of a stream.
