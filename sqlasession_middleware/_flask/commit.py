@@ -34,11 +34,13 @@ class _Kept:
 
     :ivar context: Flask's context of the request, pushed once more; None if there is none to pop.
     :ivar error: what the teardown functions get.
+    :ivar is_serving: whether Flask is being called.
     """
 
-    __slots__ = ("context", "error")
+    __slots__ = ("context", "error", "is_serving")
 
     def __init__(self) -> None:
+        self.is_serving = False
         self.context: Any = None
         self.error: BaseException | None = None
 
@@ -66,15 +68,18 @@ class CommitUnderFlask:
         got_request_exception.connect(self._note_error, app)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        kept: _Kept | None = environ.get(KEPT)
-        if kept is not None:
-            kept.pop()  # Those of the attempt before.
+        kept: _Kept = environ[KEPT]
+        if kept.is_serving:
+            return self._wsgi_app(environ, start_response)  # The application passes its own request on to itself.
+        kept.pop()  # Those of the attempt before.
+        kept.is_serving = True
         try:
             return self._wsgi_app(environ, start_response)
         except BaseException as error:
-            if kept is not None:
-                kept.error = error
+            kept.error = error
             raise
+        finally:
+            kept.is_serving = False
 
     def popping(self, app: WSGIApplication) -> WSGIApplication:
         """Wrap what is around the transaction, so that the contexts are popped after it."""
@@ -93,8 +98,8 @@ class CommitUnderFlask:
 
         What an error handler writes is committed if its response is a success.
         """
-        kept: _Kept | None = environ.get(KEPT)
-        if kept is None or kept.context is None:
+        kept: _Kept = environ[KEPT]
+        if kept.context is None:
             return None
         app = self._app
         try:

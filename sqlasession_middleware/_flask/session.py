@@ -71,6 +71,10 @@ class FlaskSession(ScopeSession):
         scope: Any = self._find_here()
         return None if scope is None or scope.state is ENDED else scope.owner
 
+    def configure(self, **options: Any) -> None:
+        """Change the options of the Sessions that will be made, as SQLAlchemy does."""
+        scoped_session.configure(self, **options)
+
 
 class _Registry(ScopeRegistry):
     """The place of the Session in the scope that is found."""

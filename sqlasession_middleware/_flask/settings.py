@@ -65,7 +65,7 @@ def _parse_all(key: str, options: Mapping[str, Any], kinds: Mapping[str, Kind]) 
     for name, value in options.items():
         kind = kinds.get(name)
         # A kind without types takes texts, or checks them by itself.
-        if isinstance(value, str) and kind is not None and kind.types and str not in kind.types:
+        if isinstance(value, str) and kind is not None and kind.types:
             value = parse_setting(f"'{key}.{name}'{IN_CONFIGURATION}", value, kind)
         parsed[name] = value
     return parsed
