@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import copy_context
+from pathlib import Path
 from typing import Any
 
 import flask
@@ -234,6 +235,22 @@ def test_context_that_is_entered_twice_has_one_scope(site: Site) -> None:
         client.get("/", buffered=True)
     with pytest.raises(RuntimeError, match="outside of application context"):
         site.db.session()
+
+
+@pytest.mark.parametrize("kind", ["text", "file"])
+def test_what_a_request_has_loaded_can_be_read_after_it(file_site: Site, tmp_path: Path, kind: str) -> None:
+    file_site.create("Ada")
+    (tmp_path / "file").write_text("done")
+
+    def view() -> Any:
+        g.guest = file_site.db.session.scalars(select(file_site.Guest)).one()
+        return flask.send_file(tmp_path / "file") if kind == "file" else "done"
+
+    file_site.view(view)
+    with file_site.app.test_client() as client:
+        assert client.get("/", buffered=True).text == "done"
+        assert g.guest.name == "Ada"
+        assert g.guest not in file_site.db.session
 
 
 def test_thread_with_a_context_has_a_scope(file_site: Site) -> None:

@@ -48,6 +48,10 @@ class FlaskMiddleware(SQLASessionMiddleware):
     :param options: of :class:`.SQLASessionMiddleware`.
     """
 
+    # Flask-SQLAlchemy closes the session as the view returns. What was loaded can be read after that, as tests read
+    # "g.user" after a request.
+    expires_at_end = False
+
     def __init__(
         self,
         db: object,
