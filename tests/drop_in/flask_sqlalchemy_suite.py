@@ -27,7 +27,7 @@ REQUIREMENTS = [FLASK_SQLALCHEMY, "SQLAlchemy < 2.1", "pytest >= 8"]
 PASSING = 440
 
 ENGINES = "Engines are engines"
-#: The tests that fail, with the entry of the guide that gives the reason; None for those that fail with their own class.
+#: The tests that fail, with the entry of the guide that gives the reason; None for those that fail with theirs as well.
 DIFFERENT: dict[str, str | None] = {
     "test_engine.py::test_sqlite_memory_defaults": ENGINES,
     "test_engine.py::test_mysql_defaults": ENGINES,
