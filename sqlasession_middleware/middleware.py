@@ -108,9 +108,6 @@ class SQLASessionMiddleware:
     routing: Routing | None = None
     #: Set by an UnavailableMiddleware inside: whether it answers a failure of the database.
     answers_503: Callable[[WSGIEnvironment, Failure | None], bool] | None = None
-    #: Whether the objects of a request that has only read expire when its transaction ends before its last chunk: code
-    #: that follows may read what others have written since.
-    expires_at_end = True
     #: The class of the scopes of requests.
     _new_scope: type[Scope] = Scope
     #: The class of the scopes of :meth:`context`.

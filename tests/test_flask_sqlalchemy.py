@@ -11,7 +11,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import copy_context
-from pathlib import Path
 from typing import Any
 
 import flask
@@ -33,6 +32,7 @@ from sqlasession_middleware.errors import ConfigurationError, ScopeError
 from sqlasession_middleware.flask_sqlalchemy import SQLAlchemy
 from sqlasession_middleware.testing import isolated
 
+from .ports import free_port
 from .wsgi import start_response
 
 View = Callable[[], Any]
@@ -237,20 +237,58 @@ def test_context_that_is_entered_twice_has_one_scope(site: Site) -> None:
         site.db.session()
 
 
-@pytest.mark.parametrize("kind", ["text", "file"])
-def test_what_a_request_has_loaded_can_be_read_after_it(file_site: Site, tmp_path: Path, kind: str) -> None:
+def test_what_a_request_has_loaded_can_be_read_after_it(file_site: Site) -> None:
     file_site.create("Ada")
-    (tmp_path / "file").write_text("done")
 
     def view() -> Any:
         g.guest = file_site.db.session.scalars(select(file_site.Guest)).one()
-        return flask.send_file(tmp_path / "file") if kind == "file" else "done"
+        return "done"
 
     file_site.view(view)
     with file_site.app.test_client() as client:
         assert client.get("/", buffered=True).text == "done"
         assert g.guest.name == "Ada"
         assert g.guest not in file_site.db.session
+
+
+@pytest.mark.parametrize("options", [{}, {"transaction": True}])
+def test_response_that_nobody_closes_leaves_no_session(sqlite_url: str, options: Any) -> None:
+    site = Site({"SQLALCHEMY_DATABASE_URI": sqlite_url}, **options).create("Ada")
+    sessions: list[Any] = []
+
+    def view() -> str:
+        sessions.append(weakref.ref(site.db.session()))
+        with site.app.app_context():
+            site.add("Bea")
+            site.db.session.flush()
+        return " ".join(site.names())
+
+    site.view(view)
+    response = site.app.test_client().get("/")
+    assert (response.text, sessions[0](), site.middleware.engine.pool.checkedout()) == ("Ada Bea", None, 0)
+    assert site.stored() == (["Ada", "Bea"] if options else ["Ada"])
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_error_page_that_nobody_closes_leaves_no_session(file_site: Site, status: int) -> None:
+    sessions: list[Any] = []
+
+    def view() -> str:
+        sessions.append(weakref.ref(file_site.db.session()))
+        file_site.names()
+        flask.abort(404) if status == 404 else file_site.add(1 / 0)  # type: ignore[arg-type]
+
+    file_site.view(view)
+    response = file_site.app.test_client().get("/")
+    gc.collect()
+    assert (response.status_code, sessions[0](), file_site.middleware.engine.pool.checkedout()) == (status, None, 0)
+    assert response.text.startswith("<!doctype html>")
+
+
+def test_outage_is_a_503_also_when_the_session_is_gone() -> None:
+    url = f"postgresql+psycopg://nobody@127.0.0.1:{free_port()}/none"
+    site = Site({"SQLALCHEMY_DATABASE_URI": url}, unavailable=True)
+    assert site.ask(lambda: " ".join(site.names())).status_code == 503
 
 
 def test_thread_with_a_context_has_a_scope(file_site: Site) -> None:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
-from flask import Flask, appcontext_pushed, has_app_context
+from flask import Flask, appcontext_pushed, has_app_context, request_finished
 from flask.globals import app_ctx
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -26,6 +26,7 @@ from .._database.forks import checking
 from .._lifecycle.context import ScopeContext
 from .._scope.scope import RUNNING, Scope, current, outwards, running_scope
 from .._sessions.classes import session_class_for
+from .._sessions.registry import session
 from ..middleware import SQLASessionMiddleware
 from .commit import CommitUnderFlask
 
@@ -48,10 +49,6 @@ class FlaskMiddleware(SQLASessionMiddleware):
     :param options: of :class:`.SQLASessionMiddleware`.
     """
 
-    # Flask-SQLAlchemy closes the session as the view returns. What was loaded can be read after that, as tests read
-    # "g.user" after a request.
-    expires_at_end = False
-
     def __init__(
         self,
         db: object,
@@ -64,6 +61,8 @@ class FlaskMiddleware(SQLASessionMiddleware):
         self.flask = flask
         self._by_key = engines
         self._has_default = None in sources
+        #: the contexts of requests whose response is complete
+        self._complete: WeakSet[Any] = WeakSet()
         self._entered: WeakKeyDictionary[Any, list[tuple[ScopeContext, Scope]]] = WeakKeyDictionary()
         binds: dict[Any, Any] = dict(sources)
         # An application may have databases with bind keys only. One of them stands for the default then, where the
@@ -82,6 +81,7 @@ class FlaskMiddleware(SQLASessionMiddleware):
             self._inner = kept.popping(self._inner)
         self._inner = _lending(self._inner, self._find_lender)
         appcontext_pushed.connect(self._note_push, flask)
+        request_finished.connect(self._note_response, flask)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if has_app_context() and app_ctx.app is self.flask:
@@ -91,19 +91,24 @@ class FlaskMiddleware(SQLASessionMiddleware):
     def enter(self) -> None:
         """Begin a scope for the current application context, unless it has one already, or belongs to a request."""
         context = app_ctx._get_current_object()  # type: ignore[attr-defined]  # of a LocalProxy
-        scope = running_scope()
-        entered = self._entered.get(context, [])
-        if scope is not None and scope.owner is self and scope.environ is not None:
-            return
-        if not any(each is mine for each in outwards(scope) for _, mine in entered):
+        entered = self._entered.get(context, ())
+        if not self._serves() and not any(each is mine for each in outwards(running_scope()) for _, mine in entered):
             opened = self.context()
             opened.__enter__()
             self._entered.setdefault(context, []).append((opened, current.get()))  # type: ignore[arg-type]  # it is a scope
 
     def leave(self, context: object, error: BaseException | None) -> None:
-        """End the scope of an application context, if it has one of its own."""
+        """End the scope of an application context, if it has one of its own.
+
+        A request's own context ends with the view, or after the commit. The session goes with it, as Flask-SQLAlchemy's
+        does, unless the response is a stream: test clients do not close responses, and nothing else uses it.
+        """
         for entered, _ in reversed(self._entered.pop(context, ())):
             entered.__exit__(None if error is None else type(error), error, None)
+        if context in self._complete:
+            self._complete.discard(context)
+            if self._serves():
+                session.remove()
 
     def configure_sessions(self, options: Mapping[str, Any]) -> None:
         """Change the options of the Sessions that will be made."""
@@ -120,8 +125,19 @@ class FlaskMiddleware(SQLASessionMiddleware):
         bind = self.engine if self._has_default else None
         return checking(partial(derive(base), **{"bind": bind, **self._session_options}))
 
+    def _serves(self) -> bool:
+        """Whether the code that runs is that of a request to this application, and of no context inside of it."""
+        scope = running_scope()
+        return scope is not None and scope.owner is self and scope.environ is not None
+
     def _note_push(self, sender: Flask, **more: Any) -> None:
         self.enter()
+
+    def _note_response(self, sender: Flask, response: Any, **more: Any) -> None:
+        if response.status_code >= 400 and response.content_length is not None and not response.direct_passthrough:
+            response.make_sequence()  # An HTTPException's page is complete, but Werkzeug hands it on as an iterator.
+        if not response.is_streamed:
+            self._complete.add(app_ctx._get_current_object())  # type: ignore[attr-defined]  # of a LocalProxy
 
     def _find_lender(self, scope: Scope) -> Scope | None:
         """The scope of the application context that a request begins in, if Flask makes no other one for it."""

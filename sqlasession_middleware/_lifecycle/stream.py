@@ -42,7 +42,7 @@ def end_with_call(scope: Scope, body: Iterable[bytes], kind: type) -> None:
             # No code of the application follows that could see that its objects are not expired.
             end_known_reading(session, expire=False)
         elif is_whole_file(body):
-            end_known_reading(session, expire=scope.owner.expires_at_end)
+            end_known_reading(session)
         elif (
             scope.headers is not None
             and unit_ends(scope.headers, scope.owner.streams) is not None
@@ -116,6 +116,6 @@ def _end(scope: Scope) -> None:
     session = scope.session
     if session is not None and scope.transaction is None:
         try:
-            end_known_reading(session, expire=scope.owner.expires_at_end)
+            end_known_reading(session)
         except Exception as error:
             log_failure(scope, "session.remove", error)

@@ -23,8 +23,6 @@ class Application(Protocol):
 
     #: whether a failure of the database is answered with 503; an UnavailableMiddleware sets it in its first request
     answers_503: Callable[[WSGIEnvironment, Failure | None], bool] | None
-    #: whether the objects of a request that has only read expire when its transaction ends before its last chunk
-    expires_at_end: bool
 
     @property
     def database_engine(self) -> Engine:
