@@ -27,6 +27,7 @@ from sqlalchemy.engine import URL
 from ._database.engines import EngineSource, source_of
 from ._database.liveness import PING_AFTER
 from ._database.urls import parse_url
+from ._dependencies import current_object
 from ._flask.middleware import EXTENSION, FlaskMiddleware
 from ._flask.session import FlaskSession
 from ._flask.settings import IN_CONFIGURATION, KEYS, parse_engine_options, read_options
@@ -194,8 +195,8 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
     def _teardown_session(self, exc: BaseException | None) -> None:
         if not isinstance(self.session, FlaskSession):  # A "scopefunc", or what a test has put there.
             self.session.remove()
-        context = app_ctx._get_current_object()  # type: ignore[attr-defined]  # of a LocalProxy
-        middleware = current_app.extensions.get(EXTENSION)  # None if init_app() has failed.
+        context = current_object(app_ctx)
+        middleware = context.app.extensions.get(EXTENSION)  # None if init_app() has failed.
         if middleware is not None:
             middleware.leave(context, exc)
 

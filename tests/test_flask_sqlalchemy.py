@@ -950,9 +950,16 @@ WRONG = [
     (
         {"SQLASESSION_TRANSCATION": True},
         {},
-        "'SQLASESSION_TRANSCATION' in the Flask configuration is not a setting; did you mean 'SQLASESSION_TRANSACTION'",
+        (
+            "'SQLASESSION_TRANSCATION' in the Flask configuration is not a setting of this middleware;"
+            " did you mean 'SQLASESSION_TRANSACTION'"
+        ),
     ),
-    ({"SQLASESSION_METADATA": 1}, {}, "'SQLASESSION_METADATA' in the Flask configuration is not a setting"),
+    (
+        {"SQLASESSION_METADATA": 1},
+        {},
+        "'SQLASESSION_METADATA' in the Flask configuration is not a setting of this middleware",
+    ),
     (
         {"SQLASESSION_DEADLINE": 0},
         {},

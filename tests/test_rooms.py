@@ -10,7 +10,7 @@ from .sources import module_files, parse
 ROOMS = "errors _dependencies _wsgi _drivers failures _settings _scope _database _sessions _lifecycle _transaction"
 ROOMS += (
     " transaction unavailable leaks capacity middleware _typing models request testing pytest_plugin health paste"
-    " _command"
+    " _flask flask_sqlalchemy _command"
 )
 PLACES = {room: place for place, room in enumerate((*ROOMS.split(), "cli", ""))}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, got_request_exception, request_started
 from flask.globals import request_ctx
 
+from .._dependencies import current_object
 from .._scope.scope import running_scope
 from .._settings.checks import resolve_option
 from ..transaction import default_commit_veto
@@ -121,16 +122,22 @@ class CommitUnderFlask:
             session.commit()
 
     def _keep(self, sender: Flask, **more: Any) -> None:
-        kept: _Kept | None = request_ctx.request.environ.get(KEPT)
+        context = current_object(request_ctx)
+        kept = _kept_by(context)
         if kept is not None and kept.context is None:
-            context: Any = request_ctx._get_current_object()  # type: ignore[attr-defined]  # of a LocalProxy
             context.push()
             kept.context = context
 
     def _note_error(self, sender: Flask, exception: BaseException, **more: Any) -> None:
-        kept: _Kept | None = request_ctx.request.environ.get(KEPT)
+        kept = _kept_by(current_object(request_ctx))
         if kept is not None:
             kept.error = exception
+
+
+def _kept_by(context: Any) -> _Kept | None:
+    """What belongs to the request; None if it did not come through the middleware."""
+    kept: _Kept | None = context.request.environ.get(KEPT)
+    return kept
 
 
 def _handled(handle: Callable[[Exception], Any], error: Exception) -> Any:

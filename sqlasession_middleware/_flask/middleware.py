@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 from .._database.binds import DEFAULT
 from .._database.engines import EngineSource
 from .._database.forks import checking
+from .._dependencies import current_object
 from .._lifecycle.context import ScopeContext
 from .._scope.scope import RUNNING, Scope, current, outwards, running_scope
 from .._sessions.classes import session_class_for
@@ -90,7 +91,7 @@ class FlaskMiddleware(SQLASessionMiddleware):
 
     def enter(self) -> None:
         """Begin a scope for the current application context, unless it has one already, or belongs to a request."""
-        context = app_ctx._get_current_object()  # type: ignore[attr-defined]  # of a LocalProxy
+        context = current_object(app_ctx)
         entered = self._entered.get(context, ())
         if not self._serves() and not any(each is mine for each in outwards(running_scope()) for _, mine in entered):
             opened = self.context()
@@ -137,14 +138,14 @@ class FlaskMiddleware(SQLASessionMiddleware):
         if response.status_code >= 400 and response.content_length is not None and not response.direct_passthrough:
             response.make_sequence()  # An HTTPException's page is complete, but Werkzeug hands it on as an iterator.
         if not response.is_streamed:
-            self._complete.add(app_ctx._get_current_object())  # type: ignore[attr-defined]  # of a LocalProxy
+            self._complete.add(current_object(app_ctx))
 
     def _find_lender(self, scope: Scope) -> Scope | None:
         """The scope of the application context that a request begins in, if Flask makes no other one for it."""
         if not has_app_context() or app_ctx.app is not self.flask:
             return None
         outer: Any = scope.token.old_value
-        entered = self._entered.get(app_ctx._get_current_object(), ())  # type: ignore[attr-defined]  # of a LocalProxy
+        entered = self._entered.get(current_object(app_ctx), ())
         return outer if any(mine is outer for _, mine in entered) else None
 
     def __repr__(self) -> str:

@@ -87,7 +87,7 @@ class _Registry(ScopeRegistry):
         self._session = session
 
     def __call__(self) -> Session:
-        return self._session._proxied
+        return open_session(self.scopefunc())
 
     def has(self) -> bool:
         scope = self._session._find_here()

@@ -37,7 +37,9 @@ def read_options(config: Mapping[str, Any]) -> dict[str, Any]:
         if not key.startswith(PREFIX):
             continue
         if key not in KEYS:
-            raise ConfigurationError(f"{key!r}{IN_CONFIGURATION}", f"is not a setting{nearest(key, KEYS)}")
+            raise ConfigurationError(
+                f"{key!r}{IN_CONFIGURATION}", f"is not a setting of this middleware{nearest(key, KEYS)}"
+            )
         options[KEYS[key]] = _parse(key, KEYS[key], value)
     return options
 
