@@ -122,7 +122,7 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
         :raises RuntimeError: if the application has such an extension already, or no URL of a database.
         """
         options = self._read(app)
-        if options["transaction"] and not isinstance(self.session, FlaskSession):
+        if options["transaction"] is not False and not isinstance(self.session, FlaskSession):
             problem = "cannot be used with 'transaction', which commits the request's session."
             raise ConfigurationError("session_options", problem, "scopefunc")
         self._making.clear()
@@ -137,7 +137,7 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
         options["session_options"] = {**session_options, "class_": factory.class_, "db": _Registered(self, engines)}
         options["metadata"] = list(self.metadatas.values())
         try:
-            middleware = FlaskMiddleware(self, app, sources, engines, options)
+            middleware = FlaskMiddleware(self, app, sources, options)
         except ConfigurationError as error:
             names = {name: key for key, name in KEYS.items() if key in app.config}
             if error.parameter not in names:

@@ -458,6 +458,19 @@ def test_application_that_calls_itself_has_another_session(file_site: Site) -> N
     assert file_site.ask(view).text == "False"
 
 
+def test_stream_of_an_application_that_calls_itself_has_its_session(file_site: Site) -> None:
+    file_site.create("Ada")
+
+    def view() -> Response:
+        assert file_site.get("/inner").text == "inner"
+        guests = file_site.db.session.scalars(select(file_site.Guest)).all()
+        file_site.db.session.commit()
+        return Response(guest.name for guest in guests)
+
+    file_site.app.add_url_rule("/inner", view_func=lambda: "inner")
+    assert file_site.ask(view).text == "Ada"
+
+
 def test_request_in_a_context_pushed_before_init_app_shares_its_session() -> None:
     app = Flask("late")
     app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite://"
@@ -911,6 +924,7 @@ def test_session_class_and_query_class_are_used() -> None:
         ({"SQLASESSION_TRANSACTION": {"attempts": "3"}}, {}, {"attempts": 3}),
         ({"SQLASESSION_TRANSACTION": {"attempts": 3}}, {"transaction": {"attempts": 2}}, {"attempts": 3}),
         ({}, {"transaction": {"attempts": 2}}, {"attempts": 2}),
+        ({}, {"transaction": {}}, {"attempts": 1}),
         ({"SQLASESSION_TRANSACTION": False}, {"transaction": {"attempts": 2}}, {}),
     ],
 )
@@ -980,8 +994,9 @@ WRONG = [
         {},
         "'SQLASESSION_TRANSACTION.atempts' in the Flask configuration is not an option; did you mean 'attempts'",
     ),
+    ({}, {"transaction": "true"}, "transaction must be true, false or a dict of options"),
     ({}, {"transaction": {"attempts": 0}}, r"transaction['attempts'] must be a whole number from 1"),
-    ({}, {"transaction": {"commit_veto": 1}}, "commit_veto must be callable"),
+    ({}, {"transaction": {"commit_veto": 1}}, "transaction['commit_veto'] must be callable"),
     (
         {"SQLALCHEMY_DATABASE_URI": "no-url:secret"},
         {},

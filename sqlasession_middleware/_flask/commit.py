@@ -17,7 +17,6 @@ from flask.globals import request_ctx
 from .._dependencies import current_object
 from .._scope.scope import running_scope
 from .._settings.checks import resolve_option
-from ..transaction import default_commit_veto
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -61,10 +60,10 @@ class CommitUnderFlask:
     :param commit_veto: the option of the transaction.
     """
 
-    def __init__(self, app: Flask, commit_veto: CommitVeto | str | None = default_commit_veto) -> None:
+    def __init__(self, app: Flask, commit_veto: CommitVeto | str | None) -> None:
         self._app = app
         self._wsgi_app = app.wsgi_app
-        self._veto: CommitVeto | None = resolve_option("commit_veto", commit_veto)
+        self._veto = commit_veto
         request_started.connect(self._keep, app)
         got_request_exception.connect(self._note_error, app)
 
@@ -118,7 +117,8 @@ class CommitUnderFlask:
         if session is None or not session.in_transaction():
             return
         headers = response.get_wsgi_headers(environ).to_wsgi_list()
-        if self._veto is None or not self._veto(environ, response.status, headers):
+        veto: CommitVeto | None = resolve_option("commit_veto", self._veto)
+        if veto is None or not veto(environ, response.status, headers):
             session.commit()
 
     def _keep(self, sender: Flask, **more: Any) -> None:

@@ -17,7 +17,6 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from flask import Flask, appcontext_pushed, has_app_context, request_finished
 from flask.globals import app_ctx
-from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from .._database.binds import DEFAULT
@@ -29,6 +28,7 @@ from .._scope.scope import RUNNING, Scope, current, outwards, running_scope
 from .._sessions.classes import session_class_for
 from .._sessions.registry import session
 from ..middleware import SQLASessionMiddleware
+from ..transaction import default_commit_veto
 from .commit import CommitUnderFlask
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ class FlaskMiddleware(SQLASessionMiddleware):
     :param db: what the application was registered with.
     :param flask: the application.
     :param sources: those of the engines, by their bind keys.
-    :param engines: the engines that Sessions use, by their bind keys. Tests may replace them by connections.
     :param options: of :class:`.SQLASessionMiddleware`.
     """
 
@@ -55,12 +54,10 @@ class FlaskMiddleware(SQLASessionMiddleware):
         db: object,
         flask: Flask,
         sources: Mapping[str | None, EngineSource],
-        engines: Mapping[str | None, Engine],
         options: Mapping[str, Any],
     ) -> None:
         self.db = db
         self.flask = flask
-        self._by_key = engines
         self._has_default = None in sources
         #: the contexts of requests whose response is complete
         self._complete: WeakSet[Any] = WeakSet()
@@ -72,14 +69,14 @@ class FlaskMiddleware(SQLASessionMiddleware):
         binds.pop(None, None)
         if default is binds.get(DEFAULT):
             del binds[DEFAULT]
-        app, options, kept = flask.wsgi_app, dict(options), None
-        if options.get("transaction"):
-            given = options["transaction"] if isinstance(options["transaction"], Mapping) else {}
-            kept = app = CommitUnderFlask(flask, **{name: given[name] for name in given if name == "commit_veto"})
-            options["transaction"] = {"commit_failed": kept.answer, **given}
-        super().__init__(app, default, binds=binds, **options)
-        if kept is not None:
-            self._inner = kept.popping(self._inner)
+        given = {} if options["transaction"] is True else options["transaction"]
+        if isinstance(given, Mapping):
+            committing = CommitUnderFlask(flask, given.get("commit_veto", default_commit_veto))
+            transaction = {"commit_failed": committing.answer, **given}
+            super().__init__(committing, default, binds=binds, **{**options, "transaction": transaction})
+            self._inner = committing.popping(self._inner)
+        else:
+            super().__init__(flask.wsgi_app, default, binds=binds, **options)
         self._inner = _lending(self._inner, self._find_lender)
         appcontext_pushed.connect(self._note_push, flask)
         request_finished.connect(self._note_response, flask)
@@ -137,8 +134,8 @@ class FlaskMiddleware(SQLASessionMiddleware):
     def _note_response(self, sender: Flask, response: Any, **more: Any) -> None:
         if response.status_code >= 400 and response.content_length is not None and not response.direct_passthrough:
             response.make_sequence()  # An HTTPException's page is complete, but Werkzeug hands it on as an iterator.
-        if not response.is_streamed:
-            self._complete.add(current_object(app_ctx))
+        # An application that calls itself has several responses in one context: the last is its own.
+        (self._complete.discard if response.is_streamed else self._complete.add)(current_object(app_ctx))
 
     def _find_lender(self, scope: Scope) -> Scope | None:
         """The scope of the application context that a request begins in, if Flask makes no other one for it."""
