@@ -17,6 +17,7 @@ import flask
 import flask_sqlalchemy
 import pytest
 from flask import Flask, Response, g, request
+from flask.sessions import SecureCookieSessionInterface
 from flask_sqlalchemy.record_queries import get_recorded_queries
 from flask_sqlalchemy.session import Session as TheirSession
 from flask_sqlalchemy.track_modifications import models_committed
@@ -437,14 +438,16 @@ def test_stream_in_a_context_has_the_context_s_session(site: Site) -> None:
 def test_body_without_close_in_a_context_is_served() -> None:
     def shortcut(environ: Any, start: Any) -> list[bytes]:
         start("200 OK", [])
-        return [str(id(db.session())).encode()]
+        db.session.info["mark"] = True
+        return [b"done"]
 
     app = Flask("shortcut")
     app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite://"
     app.wsgi_app = shortcut  # type: ignore[method-assign,assignment]  # as middleware does
     db = SQLAlchemy(app)
     with app.app_context():
-        assert app.test_client().get("/", buffered=True).text == str(id(db.session()))
+        assert app.test_client().get("/", buffered=True).text == "done"
+        assert db.session.info == {"mark": True}
 
 
 def test_application_that_calls_itself_has_another_session(file_site: Site) -> None:
@@ -476,8 +479,9 @@ def test_request_in_a_context_pushed_before_init_app_shares_its_session() -> Non
     app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite://"
     with app.app_context():
         db = SQLAlchemy(app)
-        app.add_url_rule("/", view_func=lambda: str(id(db.session())))
-        assert app.test_client().get("/", buffered=True).text == str(id(db.session()))
+        app.add_url_rule("/", view_func=lambda: db.session.info.update(mark=True) or "done")
+        assert app.test_client().get("/", buffered=True).text == "done"
+        assert db.session.info == {"mark": True}
 
 
 def test_isolated_rolls_back_what_requests_commit(file_site: Site) -> None:
@@ -661,6 +665,24 @@ def test_commit_runs_under_flask_s_contexts(sqlite_url: str) -> None:
     assert not flask.has_app_context()
 
 
+def test_what_flask_saves_of_its_session_is_committed(committing: Site) -> None:
+    class InTheDatabase(SecureCookieSessionInterface):
+        def save_session(self, app: Flask, session: Any, response: Response) -> None:
+            committing.add(session["name"])
+
+    def view() -> str:
+        flask.session["name"] = request.args["name"]
+        return "done"
+
+    committing.app.session_interface = InTheDatabase()
+    committing.app.register_error_handler(IntegrityError, lambda error: ("taken", 409))
+    committing.view(view)
+    assert committing.get("/?name=Ada").status_code == 200
+    # What it adds is a part of the request, and goes the way of it.
+    assert committing.get("/?name=Taken").status_code == 409
+    assert committing.stored() == ["Ada", "Taken"]
+
+
 def test_teardown_gets_the_error_of_the_view(sqlite_url: str) -> None:
     site, errors = Site({"SQLALCHEMY_DATABASE_URI": sqlite_url}, transaction=True).create(), []
 
@@ -815,6 +837,13 @@ def test_database_with_bind_keys_only(key: str) -> None:
         assert site.db.session.get_bind(Visit) is site.db.engines[key]
         with pytest.raises(UnboundExecutionError):
             site.names()
+        with pytest.raises(UnboundExecutionError):
+            site.db.session.execute(text("SELECT 1"))
+
+
+def test_ping_after_applies_to_the_engines() -> None:
+    config = {"SQLALCHEMY_DATABASE_URI": "postgresql+psycopg://h/d", "SQLASESSION_PING_AFTER": "0"}
+    assert Site(config).middleware.engine.pool._pre_ping is True
 
 
 def test_engine_of_a_subclass_is_used(sqlite_url: str) -> None:
