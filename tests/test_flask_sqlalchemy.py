@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from contextvars import copy_context
 from typing import Any
 
@@ -700,6 +701,33 @@ def test_teardown_gets_the_error_of_the_view(sqlite_url: str) -> None:
         site.get()
     assert [type(error) for error in errors] == [ZeroDivisionError, ZeroDivisionError, type(None)]
     assert site.stored() == []
+
+
+@pytest.mark.parametrize("options", [{}, {"transaction": True}, {"transaction": {"attempts": 2}}])
+@pytest.mark.parametrize("in_context", [False, True])
+def test_stream_with_context_ends_its_contexts(sqlite_url: str, options: Any, in_context: bool) -> None:
+    site = Site({"SQLALCHEMY_DATABASE_URI": sqlite_url}, **options).create("Ada")
+    ended: list[str] = []
+
+    def view() -> Response:
+        def body() -> Iterator[str]:
+            yield request.path
+            yield from site.names()
+            site.add("Bea")
+            if not options:
+                site.db.session.commit()
+
+        return Response(flask.stream_with_context(body()))
+
+    site.view(view)
+    site.app.teardown_request(lambda error: ended.append("request"))
+    with site.app.app_context() if in_context else nullcontext():
+        assert site.get().text == "/Ada"
+        # Newer versions of Flask itself push and pop the contexts of such a response twice.
+        assert set(ended) == {"request"}
+        assert (flask.has_request_context(), flask.has_app_context()) == (False, in_context)
+    assert site.stored() == ["Ada", "Bea"]
+    assert site.middleware.engine.pool.checkedout() == 0
 
 
 def test_repeated_request_has_contexts_of_its_own(sqlite_url: str) -> None:
