@@ -6,12 +6,14 @@ What is the same with both is asked by Flask-SQLAlchemy's own suite, see tests/d
 from __future__ import annotations
 
 import gc
+import inspect
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from contextvars import copy_context
+from pathlib import Path
 from typing import Any
 
 import flask
@@ -28,8 +30,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool, StaticPool
 
 import sqlasession_middleware
+from sqlasession_middleware import SQLASessionMiddleware
 from sqlasession_middleware._database.pool import ObservedPool
 from sqlasession_middleware._flask.middleware import FlaskMiddleware
+from sqlasession_middleware._flask.settings import KEYS
 from sqlasession_middleware.errors import ConfigurationError, ScopeError
 from sqlasession_middleware.flask_sqlalchemy import SQLAlchemy
 from sqlasession_middleware.testing import isolated
@@ -1015,6 +1019,21 @@ def test_options_reach_the_middleware() -> None:
     assert site.middleware.streams == {"text/csv", "text/plain"}
     assert site.middleware._source.ping_after == 5
     assert site.ask(lambda: str(sqlasession_middleware.remaining() < 2.5)).text == "True"
+
+
+def test_each_option_of_the_middleware_is_one_of_the_class_and_a_key() -> None:
+    # Flask-SQLAlchemy has parameters and keys of its own for these.
+    theirs = ("app", "bind", "binds", "engine_options", "session_options", "metadata")
+    options = {
+        name: each.default
+        for name, each in inspect.signature(SQLASessionMiddleware).parameters.items()
+        if name not in theirs
+    }
+    ours = inspect.signature(SQLAlchemy).parameters
+    assert {name: each.default for name, each in ours.items() if name not in ("app", "theirs")} == options
+    assert sorted(KEYS.values()) == sorted(options)
+    page = Path(__file__).parents[1] / "docs/from_flask_sqlalchemy.rst"
+    assert [key for key in KEYS if f"``{key}``" not in page.read_text()] == []
 
 
 WRONG = [
