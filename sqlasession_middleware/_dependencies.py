@@ -280,8 +280,19 @@ def was_handled(traceback: TracebackType | None) -> bool:
 
 
 #: The private names that a class of this library overrides. All methods of a ``scoped_session`` find their Session by
-#: ``_proxied``; to override each of them instead would add a call to each.
-OVERRIDDEN: Final = frozenset({("ScopeSession", "_proxied")})
+#: ``_proxied``; to override each of them instead would add a call to each. Flask-SQLAlchemy documents its methods as
+#: "internal setup", whose names and signatures may change; without them its ``init_app()`` would have to be copied. The
+#: extra names the versions, and its own tests are run: ``tests/drop_in``.
+OVERRIDDEN: Final = frozenset(
+    {
+        ("ScopeSession", "_proxied"),
+        ("FlaskSession", "_proxied"),
+        ("SQLAlchemy", "_apply_driver_defaults"),
+        ("SQLAlchemy", "_make_engine"),
+        ("SQLAlchemy", "_make_scoped_session"),
+        ("SQLAlchemy", "_teardown_session"),
+    }
+)
 
 # Werkzeug
 

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from ._database.binds import DEFAULT, read_binds
 from ._database.cookie import ReadYourWritesCookie
 from ._database.deadlines import limit_nested, limit_waits
-from ._database.engines import EngineSource
+from ._database.engines import EngineSource, source_of
 from ._database.forks import checking
 from ._database.lazy_begin import begin_lazily
 from ._database.liveness import PING_AFTER
@@ -153,7 +153,7 @@ class SQLASessionMiddleware:
         #: All metadata that was given; :attr:`metadata` is the first.
         self.collections = read_metadata(metadata)
         self.metadata = self.collections[0]
-        self._source = EngineSource(bind, engine_options)
+        self._source = source_of(bind, engine_options)
         self._session_class, self._session_options = read_session_options(session_options)
         check_seconds("read_your_writes", read_your_writes)
         check_seconds("replica_retry", replica_retry)

@@ -733,6 +733,8 @@ class PrivateNames(ast.NodeVisitor):
         if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
             if isinstance(node.ctx, ast.Store):
                 self.defined.add(node.attr)
+        elif isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()":
+            pass  # What is overridden is listed, see below.
         elif node.attr in NAMES_OF_DEPENDENCIES:
             self.use(f"{node.attr} of a dependency", node)
         else:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 from click.testing import Result
 from docutils import nodes
+from flask import Flask
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.tweens import EXCVIEW
@@ -33,6 +34,7 @@ from sqlasession_middleware import SQLASessionMiddleware, after_commit, applicat
 from sqlasession_middleware._database.breaker import breaker_of
 from sqlasession_middleware._pyramid.settings import read_options
 from sqlasession_middleware._settings import kinds
+from sqlasession_middleware.flask_sqlalchemy import SQLAlchemy
 from sqlasession_middleware.health import HealthMiddleware
 from sqlasession_middleware.models import SavesItself
 from sqlasession_middleware.pyramid import mark_error_retryable
@@ -447,7 +449,14 @@ def create_nothing(make: Any) -> None:
     make(metadata=MetaData()).init_database()
 
 
-@provokes("drop_database() would wait for …, which has a transaction open: …")
+@provokes("… cannot be used with 'transaction', which commits the request's session.")
+def commit_a_session_of_another_scope(make: Any) -> None:
+    app = Flask("guests")
+    app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite://"
+    SQLAlchemy(app, transaction=True, session_options={"scopefunc": threading.get_ident})
+
+
+@provokes("… would wait for …, which has a transaction open: …")
 def drop_what_is_in_use(make: Any, postgresql_url: str) -> None:
     app = make(nothing, postgresql_url)
     with app.context():

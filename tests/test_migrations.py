@@ -31,6 +31,7 @@ from transaction.interfaces import TransientError
 from webtest import TestApp as Browser  # Pytest would take it for a class of tests.
 
 from sqlasession_middleware import SQLASessionMiddleware, session
+from sqlasession_middleware.flask_sqlalchemy import SQLAlchemy
 from tests.wsgi import Environ, StartResponse, consume, environ, start_response
 
 from .rst import read_page, sections
@@ -131,9 +132,9 @@ class Side:
         self.scoped.remove()
         self.engine.dispose()
         for app in self.flasks:
-            if not self.is_ours:
-                with app.app_context():
-                    db.engine.dispose()
+            with app.app_context():
+                for engine in self.db.engines.values():
+                    engine.dispose()
 
     # The application, in each of the peers and in ours.
 
@@ -177,19 +178,25 @@ class Side:
         app.testing = True  # What a view raises goes on.
         self.flasks.append(app)
         app.get("/")(view)
-        if self.is_ours:
-            app.wsgi_app = SQLASessionMiddleware(app.wsgi_app, url or self.engine, **ours)
-        else:
-            app.config["SQLALCHEMY_DATABASE_URI"] = url or self.engine.url
-            db.init_app(app)
+        app.config["SQLALCHEMY_DATABASE_URI"] = url or self.engine.url
+        app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"connect_args": {"timeout": 0}}
+        app.config.update({f"SQLASESSION_{name.upper()}": value for name, value in ours.items()})
+        self.db.init_app(app)
         return app
 
     @property
+    def db(self) -> Any:
+        return DB_BY_SIDE[self.is_ours]
+
+    @property
     def of_flask(self) -> Any:
-        return session if self.is_ours else db.session
+        return self.db.session
 
 
-db = flask_sqlalchemy.SQLAlchemy(metadata=Base.metadata)
+DB_BY_SIDE: dict[bool, Any] = {
+    False: flask_sqlalchemy.SQLAlchemy(metadata=Base.metadata),
+    True: SQLAlchemy(metadata=Base.metadata),
+}
 
 
 @dataclass(frozen=True)
@@ -238,20 +245,20 @@ def reads_in_a_stream(side: Side) -> Any:
     return ask(side.flask(stream))
 
 
-@case(FLASK, "A streamed body has its session", theirs=["RuntimeError"], ours=[[]])
-def reads_when_the_response_is_closed(side: Side) -> list[Any]:
+@case(FLASK, "A streamed body has its session", theirs="RuntimeError", ours=[])
+def reads_when_the_response_is_closed(side: Side) -> Any:
     seen: list[Any] = []
 
     def read() -> Any:
         return side.of_flask.scalars(select(Guest.name)).all()
 
     def view() -> flask.Response:
-        response = flask.make_response("done")
+        response = flask.Response(iter(["done"]))
         response.call_on_close(lambda: seen.append(outcome(read)))
         return response
 
     assert ask(side.flask(view)) == "done"
-    return seen
+    return seen[0]
 
 
 @case(FLASK, "One session per request, not per application context", theirs="False", ours="True")
@@ -264,42 +271,104 @@ def enters_another_application_context(side: Side) -> Any:
     return ask(side.flask(view))
 
 
-@case(FLASK, "An application context is not enough", theirs=[], ours="ScopeError")
-def works_outside_of_a_request(side: Side) -> Any:
-    with side.flask(lambda: "").app_context():
-        return outcome(lambda: side.of_flask.scalars(select(Guest.name)).all())
+@case(FLASK, "An application that calls itself", theirs="True", ours="False")
+def asks_itself(side: Side) -> Any:
+    def inner() -> str:
+        return str(id(side.of_flask()))
+
+    def view() -> str:
+        return str(str(id(side.of_flask())) == app.test_client().get("/inner", buffered=True).text)
+
+    app = side.flask(view)
+    app.get("/inner")(inner)
+    return ask(app)
 
 
-@case(FLASK, "session.remove() is no rollback where a transaction is in charge", theirs=[], ours=["Ada"])
-def removes_the_session_in_a_teardown(side: Side) -> list[str]:
+@case(
+    FLASK,
+    "db.session.remove() is no rollback where a transaction is in charge",
+    theirs=["commit"],
+    ours=["Ada", "commit"],
+)
+def removes_the_session_in_a_view(side: Side) -> list[str]:
     def view() -> str:
         side.of_flask.add(Guest(name="Ada"))
         side.of_flask.flush()
+        side.of_flask.remove()
+        side.of_flask.add(Guest(name="commit"))
+        side.of_flask.commit()
         return "done"
 
-    app = side.flask(view, **({"transaction": True} if side.is_ours else {}))
-    app.teardown_request(lambda error: side.of_flask.remove())
-    assert ask(app) == "done"
+    assert ask(side.flask(view, transaction=True)) == "done"
     return side.names()
 
 
-@case(FLASK, "An error of the commit reaches no error handler", theirs=["taken"] * 2, ours=["IntegrityError", "taken"])
-def handles_what_the_database_refuses(side: Side) -> list[Any]:
-    """Without a flush, and with one. Only the peer's view has to commit."""
+def handled(side: Side, view: Callable[[], Any]) -> flask.Flask:
     side.take_a_key()
+    app = side.flask(view, transaction=True)
+    app.register_error_handler(IntegrityError, lambda error: ("handled", 409))
+    return app
 
-    def ask_with(flush: bool) -> Any:
-        def view() -> str:
-            add_taken(side.of_flask, flush=flush)
+
+@case(FLASK, "No try in a view sees the commit fail", theirs=["caught"] * 2, ours=["handled", "caught"])
+def catches_what_the_database_refuses(side: Side) -> list[Any]:
+    """Without a flush, and with one. Only the peer's view has to commit."""
+    flushes = iter([False, True])
+
+    def view() -> str:
+        try:
+            add_taken(side.of_flask, flush=next(flushes))
             if not side.is_ours:
                 side.of_flask.commit()
-            return "done"
+        except IntegrityError:
+            side.of_flask.rollback()
+            return "caught"
+        return "done"
 
-        app = side.flask(view, **({"transaction": True} if side.is_ours else {}))
-        app.register_error_handler(IntegrityError, lambda error: ("taken", 409))
-        return ask(app)
+    app = handled(side, view)
+    return [ask(app), ask(app)]
 
-    return [ask_with(flush) for flush in (False, True)]
+
+@case(FLASK, "after_request is called twice where the commit fails", theirs=[409], ours=[200, 409])
+def looks_at_responses(side: Side) -> list[int]:
+    def view() -> str:
+        add_taken(side.of_flask, flush=False)
+        if not side.is_ours:
+            side.of_flask.commit()
+        return "done"
+
+    def look(response: flask.Response) -> flask.Response:
+        seen.append(response.status_code)
+        return response
+
+    seen: list[int] = []
+    app = handled(side, view)
+    app.after_request(look)
+    assert ask(app) == "handled"
+    return seen
+
+
+@case(FLASK, "Engines are engines", theirs="registered", ours="ConfigurationError")
+def makes_its_engine_of_something_else(side: Side) -> Any:
+    class Own(type(side.db)):  # type: ignore[misc]  # of each side in turn
+        def _make_engine(self, *arguments: Any) -> Any:
+            return object()
+
+    app = flask.Flask("own")
+    app.config["SQLALCHEMY_DATABASE_URI"] = side.engine.url
+    return outcome(lambda: Own(app) and "registered")
+
+
+@case(
+    FLASK,
+    "default is no bind key beside SQLALCHEMY_DATABASE_URI",
+    theirs="registered",
+    ours="ConfigurationError",
+)
+def has_a_bind_key_default(side: Side) -> Any:
+    app = flask.Flask("own")
+    app.config.update({"SQLALCHEMY_DATABASE_URI": side.engine.url, "SQLALCHEMY_BINDS": {"default": "sqlite://"}})
+    return outcome(lambda: type(side.db)(app) and "registered")
 
 
 @case(FLASK, "An SQLite file in a folder that does not exist", theirs="OperationalError", ours="ConfigurationError")

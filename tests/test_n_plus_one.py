@@ -172,6 +172,7 @@ def test_repeated_select_is_told_with_its_place_and_the_remedy(
 @pytest.mark.parametrize(
     ("work", "allowed"),
     [(load_books, "Author.books"), (load_deferred, "Author"), (core_each, f"FROM {Book.__tablename__}")],
+    ids=["relationship", "attributes", "statement"],
 )
 def test_what_is_allowed_may_be_repeated(app: SQLASessionMiddleware, work: Callable[[], None], allowed: str) -> None:
     with no_n_plus_one(allow=[allowed, "Another.name"]):

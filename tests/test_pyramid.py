@@ -509,7 +509,9 @@ def test_the_last_attempt_has_its_page(
 
 
 @pytest.mark.parametrize(
-    "make_error", [MarkedError, RetryableException, TransientError, lambda: marked(KeyError())], ids=repr
+    "make_error",
+    [MarkedError, RetryableException, TransientError, lambda: marked(KeyError())],
+    ids=["marked class", "retryable", "transient", "marked error"],
 )
 @pytest.mark.parametrize("has_page", [False, True])
 def test_repeats_after_marked_errors(

@@ -59,7 +59,7 @@ from .rollbacks import leave_out_rollbacks
 from .secrets import shown_url, without_passwords_of_urls, without_secrets
 from .urls import absolute, check_folder, check_secrets, parse_url
 
-__all__ = ["EngineSource", "read_source", "without_passwords_of_urls", "without_secrets"]
+__all__ = ["EngineSource", "read_source", "source_of", "without_passwords_of_urls", "without_secrets"]
 
 #: The dialects that an error suggests for a misspelt name.
 DIALECTS = (*SERVER_NAMES, "oracle", "mssql", "cockroachdb")
@@ -191,14 +191,24 @@ class EngineSource:
         return engine
 
 
+def source_of(bind: Any, options: Mapping[str, Any] | None = None) -> EngineSource:
+    """The source of an engine.
+
+    :param bind: as for an :class:`EngineSource`; or a source, where the library itself has made it before.
+    """
+    return bind if isinstance(bind, EngineSource) else EngineSource(bind, options)
+
+
 def read_source(parameter: str, given: Any, inherited: Mapping[str, Any] | None = None) -> EngineSource:
     """The engine of one of several binds or replicas.
 
     :param parameter: its name in errors, ``"binds['audit']"``.
-    :param given: the ``bind`` of an :class:`EngineSource`, or a dict of engine options with ``url``.
+    :param given: the ``bind`` of an :class:`EngineSource`, a dict of engine options with ``url``, or a source.
     :param inherited: engine options that apply unless ``given`` has its own.
     :raises ConfigurationError: if no engine can be created from it.
     """
+    if isinstance(given, EngineSource):
+        return given
     options: dict[str, Any] = {}
     key = None
     if isinstance(given, Mapping):

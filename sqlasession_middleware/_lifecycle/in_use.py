@@ -17,12 +17,13 @@ from ..errors import ScopeError
 __all__ = ["refuse_to_wait"]
 
 
-def refuse_to_wait(engines: Collection[Engine]) -> None:
+def refuse_to_wait(engines: Collection[Engine], function: str = "drop_database()") -> None:
     """Refuse to drop tables while an open response, a context around the call, or an isolation has a transaction.
 
     PostgreSQL and MariaDB would wait for the end of the transaction. SQLite raises an error by itself.
 
     :param engines: the engines to drop tables on.
+    :param function: what is about to drop them, for the error.
     :raises ScopeError: if there is a transaction. The error names its owner.
     """
     pools = [
@@ -30,7 +31,7 @@ def refuse_to_wait(engines: Collection[Engine]) -> None:
     ]
     for user in _users(pools) if pools else ():
         raise ScopeError(
-            f"drop_database() would wait for {user}, which has a transaction open: close the response (or read it with"
+            f"{function} would wait for {user}, which has a transaction open: close the response (or read it with"
             " buffered=True), or leave the block, first."
         )
 

@@ -129,7 +129,7 @@ class ScopeSession(scoped_session[Session]):
 
         :raises Exception: what the Session's ``close()`` raised, after its connections were given back.
         """
-        scope = current.get(None)
+        scope = self._find_here()
         # Code that runs between two steps of a response, in a copy of a step's context, must not remove its session.
         if isinstance(scope, Scope) and scope.state is not WAITING:
             orm_session = scope.session
@@ -140,6 +140,10 @@ class ScopeSession(scoped_session[Session]):
                 or not (orm_session.in_transaction() or transaction.has_calls)
             ):
                 remove_session(scope)
+
+    def _find_here(self) -> dict[str, Any] | None:
+        """The value whose Session ``remove()`` closes, if it is a scope."""
+        return current.get(None)
 
     def configure(self, **options: Any) -> None:
         """Raise an error: sessions belong to an application, which has its own ``session_options``.

@@ -21,7 +21,7 @@ from ..errors import ConfigurationError, nearest, shown
 from .kinds import BOOLEAN, DOTTED, LITERAL, TEXT, Kind, parse_setting
 from .options import ENGINE_OPTIONS, GROUPS, OTHER_SETTINGS, SESSION_OPTIONS, STACKED
 
-__all__ = ["PLACE_KEYS", "ini_names", "ini_place", "read_options", "read_settings"]
+__all__ = ["PLACE_KEYS", "ini_names", "ini_place", "read_options", "read_settings", "split_urls"]
 
 #: PasteDeploy adds these to the keys of every section. They tell where the file is and set nothing.
 PLACE_KEYS = ("here", "__file__")
@@ -72,8 +72,8 @@ def _read_engine(section: _Section, entry: _Entry) -> None:
 
 
 def _read_replica_urls(section: _Section, entry: _Entry) -> None:
-    urls = _BETWEEN_URLS.split(entry.value.strip()) if isinstance(entry.value, str) else entry.value
-    section.arguments["replicas"] = [_from_folder(url, section.folder) for url in urls if url]
+    urls = split_urls(entry.value) if isinstance(entry.value, str) else entry.value
+    section.arguments["replicas"] = [_from_folder(url, section.folder) for url in urls]
 
 
 def _read_replica_option(section: _Section, entry: _Entry) -> None:
@@ -169,6 +169,11 @@ def read_settings(config: Mapping[str, Any], prefix: str, *, may_be_objects: boo
     _check_url(section)
     _apply_replica_options(section)
     return section.arguments
+
+
+def split_urls(text: str) -> list[str]:
+    """Return the URLs of a text, which are separated by white space or commas."""
+    return [url for url in _BETWEEN_URLS.split(text.strip()) if url]
 
 
 def _find_reader(key: str, readers: Mapping[str, _Reader]) -> tuple[_Reader | None, str]:
