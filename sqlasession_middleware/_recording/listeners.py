@@ -6,7 +6,7 @@ An engine has them once somebody records it; a process that records nothing has 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -53,7 +53,7 @@ _timed: WeakSet[Dialect] = WeakSet()
 _listening = fork_safe_lock()
 
 
-def _records() -> tuple[list[Record], int]:
+def _records() -> tuple[Sequence[Record], int]:
     """The records that what happens now belongs to, and the number of the request's attempt."""
     scope: Any = current.get(None)
     while isinstance(scope, Scope):
@@ -65,7 +65,7 @@ def _records() -> tuple[list[Record], int]:
                 if transaction is not None and (not record.transactions or record.transactions[-1] is not transaction):
                     record.transactions.append(transaction)
                 attempt = record.last_attempt = environ.get("sqlasession.attempt", 1)
-                return [record, *_sinks], attempt
+                return [record, *_sinks] if _sinks else (record,), attempt
             if _sinks:
                 return _sinks, environ.get("sqlasession.attempt", 1)
         scope = scope.token.old_value if hasattr(scope, "token") else None
@@ -307,5 +307,6 @@ def _end_flush(session: Session, context: object) -> None:
 
 
 def _note_object(session: Session, instance: object) -> None:
+    kind = type(instance)
     for record in _records()[0]:
-        record.objects[type(instance)] += 1
+        record.objects[kind] = record.objects.get(kind, 0) + 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ class Record:
         self._held = 0.0
         self._open: list[Hold] = []
         #: how many objects of each class were loaded
-        self.objects: Counter[type] = Counter()
+        self.objects: dict[type, int] = {}
         #: the number of the last attempt that has done something
         self.last_attempt = 1
         #: those of TransactionMiddlewares, one for each attempt that has sent something
