@@ -25,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 THREADS = 8
-#: Clients of each page: fewer than threads, so that only waits for the database can use them up.
-CLIENTS = {"/database": 6, "/page": 1}
+#: Clients of each page: more than threads, as a site has.
+CLIENTS = {"/database": 12, "/page": 1}
 DEADLINE, BREAKER_SECONDS = 2.0, 5.0
 #: Seconds after which a client gives up.
 PATIENCE = 60.0
@@ -37,19 +37,19 @@ def make(name: str) -> Any:
     from flask import Flask
 
     flask = Flask(name)
-    flask.add_url_rule("/page", view_func=lambda: "done")
+    flask.add_url_rule("/page", "page", lambda: "done")
     url = os.environ["SILENT_URL"]
     if name == "ours":
         from sqlasession_middleware import SQLASessionMiddleware, session
 
-        flask.add_url_rule("/database", view_func=lambda: str(session.scalar(text("SELECT 1"))))
+        flask.add_url_rule("/database", "database", lambda: str(session.scalar(text("SELECT 1"))))
         unavailable = {"breaker_seconds": BREAKER_SECONDS}
         return SQLASessionMiddleware(flask, url, deadline=DEADLINE, unavailable=unavailable)
     from flask_sqlalchemy import SQLAlchemy
 
     flask.config["SQLALCHEMY_DATABASE_URI"] = url
     db = SQLAlchemy(flask)
-    flask.add_url_rule("/database", view_func=lambda: str(db.session.scalar(text("SELECT 1"))))
+    flask.add_url_rule("/database", "database", lambda: str(db.session.scalar(text("SELECT 1"))))
     return flask
 
 
@@ -91,6 +91,7 @@ def measure(name: str, seconds: float) -> None:
         process = subprocess.Popen(command, cwd=HERE, env=environ, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             while ask(port, "/database")[0] != "200":
+                assert process.poll() is None, "gunicorn has ended"
                 time.sleep(0.1)
             list(clients.map(lambda _: ask(port, "/database"), range(THREADS)))  # The pool has connections.
             gate.shut()
