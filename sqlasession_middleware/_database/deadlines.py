@@ -33,6 +33,7 @@ from ..errors import DeadlineError
 from ..failures import Failure, classify
 from .breaker import note_silence, unguarded_pool
 from .forks import fork_safe_lock
+from .liveness import ping_in_checkout
 from .observers import engines_of, note_late
 from .pool import limit_pool
 from .read_only import read_only_engines
@@ -71,6 +72,7 @@ def limit_waits(engine: Engine) -> None:
 def _listen(engine: Engine) -> None:
     waits = _Waits(engine)
     limit_pool(engine.pool)
+    ping_in_checkout(engine)
     # First, because the other listeners may send something.
     event.listen(engine, "connect", waits.watch_new, insert=True)
     event.listen(engine, "checkout", waits.watch, insert=True)
