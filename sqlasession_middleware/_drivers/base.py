@@ -363,7 +363,7 @@ class Driver:
             options[self.connect_timeout] = seconds
 
     def ping(self, dialect: Dialect, driver_connection: Any) -> None:
-        """Ask the server for an answer, and leave no transaction open.
+        """Ask the server itself for an answer, and leave no transaction open that was not.
 
         :raises Exception: the driver's, if there is none.
         """
@@ -418,11 +418,14 @@ class Driver:
         """Whether the server is to answer, or may be; True where that is not known."""
         return True
 
-    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> None:
+    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> bool:
         """Ask the server to end what it does for a connection. It may take long to ask.
 
         :param connect: makes another connection of the same engine.
+        :returns: False if nobody but the server would know that it was not the server that has taken the request.
+        :raises Exception: the driver's, if the server does not answer.
         """
+        return True
 
     def cut(self, driver_connection: Any) -> None:
         """End the wait of whoever uses a connection, which is lost then."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from .base import Code, ask, file_number_of, port_of, read_attribute, text_of
 from .failure import Failure
 from .keepalive import COUNT, IDLE, INTERVAL, UNACKNOWLEDGED
-from .postgresql import PostgreSQLDriver
+from .postgresql import PostgreSQLDriver, ask_alone
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
@@ -135,8 +135,8 @@ class LibpqDriver(PostgreSQLDriver):
     def ping(self, dialect: Dialect, driver_connection: Any) -> None:
         # SQLAlchemy sends an empty query, to which a proxy need not ask a server. PgBouncer would close its own
         # connection to the server if a client left in a transaction.
-        driver_connection.autocommit = True
-        ask(driver_connection, "SELECT 1")
+        is_idle = self.transaction_status(driver_connection) == TRANSACTION_IDLE
+        (ask_alone if is_idle else ask)(driver_connection, "SELECT 1")
 
     def network_defaults(
         self, module: Any, arguments: Collection[Any], options: Mapping[str, Any], connect_timeout: int
@@ -188,7 +188,7 @@ class LibpqDriver(PostgreSQLDriver):
     def is_waiting(self, driver_connection: Any) -> bool:
         return self.transaction_status(driver_connection) == ACTIVE
 
-    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> None:
+    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> bool:
         # Not PQcancel(): psycopg2 keeps all of Python waiting for it, and a silent server never answers.
         number, port = driver_connection.info.backend_pid, port_of(self.file_number(driver_connection)) or "-1"
         other = connect()
@@ -196,6 +196,7 @@ class LibpqDriver(PostgreSQLDriver):
             ask(other, CANCEL % (number, int(port)))
         finally:
             other.close()
+        return True
 
     def file_number(self, driver_connection: Any) -> int | None:
         return file_number_of(driver_connection)
