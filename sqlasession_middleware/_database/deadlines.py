@@ -26,7 +26,7 @@ from weakref import WeakSet, ref
 
 from sqlalchemy import event
 
-from .._dependencies import came_from_commit
+from .._dependencies import came_from_commit, is_server_side
 from .._drivers.registry import driver_of
 from .._scope.deadline import begin_unit, current_deadline, now
 from ..errors import DeadlineError
@@ -81,6 +81,8 @@ def _listen(engine: Engine) -> None:
     if driver_of(engine).server.is_networked:
         event.listen(engine, "do_connect", waits.connect)
     event.listen(engine, "before_cursor_execute", _refuse_statement)
+    if driver_of(engine).ends_rows_silently:
+        event.listen(engine, "before_cursor_execute", _mind_rows)
     # Before a commit is counted.
     for name in ("commit", "prepare_twophase"):
         event.listen(engine, name, _refuse_commit, insert=True)
@@ -204,6 +206,19 @@ def _refuse_statement(connection: Connection, *more: object) -> None:
     deadline = current_deadline()
     if deadline is not None and deadline <= now():
         raise note_late("nothing is sent to the database any more")
+
+
+def _mind_rows(connection: Connection, cursor: Any, statement: str, given: Any, context: Any, many: bool) -> None:
+    """Have rows end with an error if that is why they end."""
+    watched = watch_of(connection.connection.dbapi_connection) if is_server_side(context) else None
+    if watched is None:
+        return
+
+    def check() -> None:
+        if watched.is_cancelled:
+            raise note_late("what the database did was ended")
+
+    driver_of(connection).mind_rows(cursor, check)
 
 
 def _refuse_commit(connection: Connection, xid: object = None) -> None:

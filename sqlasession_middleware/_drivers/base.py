@@ -202,6 +202,8 @@ class Driver:
     #: Whether arguments of its ``connect()`` have the system watch the other side of a connection; see
     #: :meth:`network_defaults`. Otherwise its sockets are set.
     keeps_alive = False
+    #: Whether its cursors that do not buffer take an error among the rows for their end; see :meth:`mind_rows`.
+    ends_rows_silently = False
 
     def __init__(self, server: Server | None = None) -> None:
         if server is not None:
@@ -426,6 +428,9 @@ class Driver:
         :raises Exception: the driver's, if the server does not answer.
         """
         return True
+
+    def mind_rows(self, cursor: Any, check: Callable[[], None]) -> None:
+        """Have a cursor call something after each fetch."""
 
     def cut(self, driver_connection: Any) -> None:
         """End the wait of whoever uses a connection, which is lost then."""

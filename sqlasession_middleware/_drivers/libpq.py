@@ -20,7 +20,7 @@ from .postgresql import PostgreSQLDriver, ask_alone
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
 
-__all__ = ["LibpqDriver"]
+__all__ = ["FULL_SERVER", "LibpqDriver"]
 
 #: PQTRANS_IDLE, PQTRANS_ACTIVE and PQTRANS_INERROR ("Connection Status Functions").
 TRANSACTION_IDLE: Final = 0
@@ -52,11 +52,10 @@ ANSWERS: Final[Mapping[str, Failure]] = {
     "terminating connection": Failure.LOST,
 }
 
-#: Those of them that say that as many connections are open as are admitted, and the SQLSTATE for it.
+#: Those of them that say that as many connections are open as are admitted: PostgreSQL's own, all, and its SQLSTATE.
+FULL_SERVER: Final = ("too many clients already", "too many connections for ", "connection slots are reserved")
 FULL: Final = (
-    "too many clients already",
-    "too many connections for ",
-    "connection slots are reserved",
+    *FULL_SERVER,
     "no more connections allowed",
     "max clients reached",
     "ax client connections reached",

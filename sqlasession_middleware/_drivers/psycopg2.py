@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from .libpq import LibpqDriver
+from .base import text_of
+from .libpq import FULL_SERVER, LibpqDriver
 
 __all__ = ["Psycopg2"]
 
@@ -14,6 +16,16 @@ class Psycopg2(LibpqDriver):
 
     name = module = "psycopg2"
     sqlstate = "pgcode"
+
+    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> bool:
+        try:
+            return super().cancel(driver_connection, connect)
+        except Exception as error:
+            if not any(words in text_of(error) for words in FULL_SERVER):
+                raise
+            # It takes no connection. All of Python waits for it, but the server has just answered.
+            driver_connection.cancel()
+            return True
 
     def libpq_version(self, module: Any) -> int:
         try:
