@@ -390,6 +390,12 @@ class Driver:
             return {}
         return {self.connect_timeout: connect_timeout}
 
+    def limit_connecting(self, module: Any, options: dict[str, Any]) -> None:
+        """Have a new connection heed :attr:`connect_timeout` where the driver by itself would not.
+
+        :param options: the arguments of its ``connect()`` that have a name, to be changed.
+        """
+
     def make_read_only(self, driver_connection: Any) -> None:
         """Have a new connection refuse to write, as far as that can be had."""
         if self.server.read_only_statement is not None:
