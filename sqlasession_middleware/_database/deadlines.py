@@ -135,6 +135,7 @@ class _Waits:
         left = deadline - now()
         if self._engine() in read_only_engines:
             left /= 2  # Another one, or the primary, may answer.
+        options = self._driver.share_time(options, left)
         return _Attempt(partial(self._connect, dialect, record, arguments, options)).wait(left)
 
     def _connect(self, dialect: Dialect, record: Any, arguments: list[Any], options: dict[str, Any]) -> Any:
@@ -214,8 +215,9 @@ def _mind_rows(connection: Connection, cursor: Any, statement: str, given: Any, 
     if watched is None:
         return
 
-    def check() -> None:
-        if watched.is_cancelled:
+    def check(has_ended: bool) -> None:
+        # Before the server has ended it, closing the cursor would read all the rest, and keep all of Python waiting.
+        if watched.is_cancelled and (has_ended or watched.is_heard):
             raise note_late("what the database did was ended")
 
     driver_of(connection).mind_rows(cursor, check)

@@ -396,6 +396,13 @@ class Driver:
         :param options: the arguments of its ``connect()`` that have a name, to be changed.
         """
 
+    def share_time(self, options: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The arguments of its ``connect()`` that have a name, so that each of several hosts has a part of the time.
+
+        :param seconds: how long whoever connects waits for all of them together.
+        """
+        return options
+
     def make_read_only(self, driver_connection: Any) -> None:
         """Have a new connection refuse to write, as far as that can be had."""
         if self.server.read_only_statement is not None:
@@ -435,8 +442,8 @@ class Driver:
         """
         return True
 
-    def mind_rows(self, cursor: Any, check: Callable[[], None]) -> None:
-        """Have a cursor call something after each fetch."""
+    def mind_rows(self, cursor: Any, check: Callable[[bool], None]) -> None:
+        """Have a cursor call something after each fetch, with whether there are no more rows, as it seems."""
 
     def cut(self, driver_connection: Any) -> None:
         """End the wait of whoever uses a connection, which is lost then."""

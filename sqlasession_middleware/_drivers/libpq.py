@@ -100,6 +100,8 @@ KEEPALIVES: Final[Mapping[str, int]] = {
 }
 #: In milliseconds. On Linux it also counts in place of the three above.
 USER_TIMEOUT: Final = "tcp_user_timeout"
+#: The fewest seconds of ``connect_timeout``: psycopg and libpq take 1 for 2.
+SHORTEST_TIMEOUT: Final = 2
 #: The version of libpq since which it has this parameter. It refuses one that it does not know.
 HAS_USER_TIMEOUT: Final = 120000
 
@@ -157,6 +159,15 @@ class LibpqDriver(PostgreSQLDriver):
         if not has_times and not says(USER_TIMEOUT) and self.libpq_version(module) >= HAS_USER_TIMEOUT:
             defaults[USER_TIMEOUT] = UNACKNOWLEDGED * 1000
         return defaults
+
+    def share_time(self, options: dict[str, Any], seconds: float) -> dict[str, Any]:
+        hosts = str(options.get("host", "")).count(",") + 1
+        share = max(int(seconds / hosts), SHORTEST_TIMEOUT)
+        try:
+            given = int(options.get("connect_timeout") or share + 1)
+        except (TypeError, ValueError):
+            return options  # The driver says what is wrong with it.
+        return options if hosts == 1 or 0 < given <= share else {**options, "connect_timeout": share}
 
     def libpq_version(self, module: Any) -> int:
         """The version of libpq that the driver's module runs with; 0 if it does not tell."""

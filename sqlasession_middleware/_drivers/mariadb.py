@@ -50,7 +50,7 @@ class MariaDBConnector(MySQLDriver):
     def connection_number(self, driver_connection: Any) -> int | None:
         return number_of(read_attribute(driver_connection, "connection_id"))
 
-    def mind_rows(self, cursor: Any, check: Callable[[], None]) -> None:
+    def mind_rows(self, cursor: Any, check: Callable[[bool], None]) -> None:
         kind: Any = type(cursor)
         cursor.__class__ = minding_class(kind)
         cursor.check_rows = check
@@ -70,14 +70,21 @@ def minding_class(kind: type[Any]) -> type:
     :param kind: the driver's class. Its methods return what they have when the server sends an error instead of a row.
     """
 
-    def checking(name: str) -> Any:
-        def fetch(self: Any, *arguments: Any) -> Any:
-            found = getattr(kind, name)(self, *arguments)
-            self.check_rows()
-            return found
+    def fetchone(self: Any) -> Any:
+        row = kind.fetchone(self)
+        self.check_rows(row is None)
+        return row
 
-        return wraps(getattr(kind, name))(fetch)
+    def fetchmany(self: Any, size: int = 0) -> Any:
+        rows = kind.fetchmany(self, size)
+        self.check_rows(len(rows) < (size or self.arraysize))
+        return rows
 
-    methods = {name: checking(name) for name in ("fetchone", "fetchmany", "fetchall")}
+    def fetchall(self: Any) -> Any:
+        rows = kind.fetchall(self)
+        self.check_rows(True)
+        return rows
+
+    methods = {call.__name__: wraps(getattr(kind, call.__name__))(call) for call in (fetchone, fetchmany, fetchall)}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**names, **methods})
