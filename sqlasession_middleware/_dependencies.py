@@ -69,6 +69,7 @@ __all__ = [
     "socket_number_of",
     "socket_of",
     "state_of_transaction",
+    "take_pre_ping",
     "was_handled",
 ]
 
@@ -196,6 +197,16 @@ def ping(dialect: Dialect, driver_connection: Any) -> bool:
     :raises Exception: the driver's, or a listener's, if it says anything else than that the connection is lost.
     """
     return dialect._do_ping_w_event(driver_connection)
+
+
+def take_pre_ping(pool: Pool) -> bool:
+    """Whether a pool pings each connection before its listeners of ``checkout`` are called. It does not do so any more.
+
+    Nothing tells of such a ping before it is sent, so that nobody could end one that is not answered.
+    """
+    pings: bool = pool._pre_ping
+    pool._pre_ping = False
+    return pings
 
 
 def known_records(pool: Pool) -> list[ConnectionPoolEntry]:

@@ -368,6 +368,14 @@ def test_ping(row: Row) -> None:
     assert pinged == [True]
 
 
+@pytest.mark.parametrize("pings", [True, False])
+def test_take_pre_ping(pings: bool) -> None:
+    engine = create_engine("sqlite://", poolclass=QueuePool, pool_pre_ping=pings)
+    assert_has(engine.pool, "_pre_ping")
+    assert _dependencies.take_pre_ping(engine.pool) is pings
+    assert _dependencies.take_pre_ping(engine.pool.recreate()) is False
+
+
 def test_call_first(engine: Engine) -> None:
     called: list[str] = []
     listeners: dict[str, Any] = {name: lambda context, name=name: called.append(name) for name in ("first", "other")}

@@ -439,6 +439,65 @@ def test_connections_of_greenlets_are_watched(row: Row) -> None:
     assert done.stdout == "done\n", done.stderr
 
 
+WAITING_BY_A_CALLBACK = """
+import gevent.monkey
+gevent.monkey.patch_all()
+from gevent.socket import wait_read, wait_write
+from psycopg2 import extensions
+
+def wait(connection):  # as psycogreen does
+    while (state := connection.poll()) != extensions.POLL_OK:
+        (wait_read if state == extensions.POLL_READ else wait_write)(connection.fileno())
+
+extensions.set_wait_callback(wait)
+import os
+from sqlalchemy import URL, select
+from sqlalchemy.exc import OperationalError
+from sqlasession_middleware import SQLASessionMiddleware
+from tests.integration.faulty_ways import full_backlog, silent_listener
+from tests.test_network import WAITS
+
+for make in (silent_listener, full_backlog):
+    with make() as port:
+        for options in WAITS:
+            app = SQLASessionMiddleware(
+                lambda environ, start: [],
+                URL.create("postgresql+psycopg2", "shop", host="127.0.0.1", port=port),
+                engine_options={{"connect_args": options}},
+            )
+            for deadline in (None, 0.3):
+                with app.context(**({{"deadline": deadline}} if deadline else {{}})) as session:
+                    try:
+                        session.scalar(select(1))
+                    except OperationalError:
+                        assert deadline is None
+                    except Exception as error:
+                        assert deadline, error
+app = SQLASessionMiddleware(lambda environ, start: [], {url!r})
+with app.context() as session:
+    assert session.scalar(select(1)) == 1
+app = SQLASessionMiddleware(lambda environ, start: [], {url!r}, engine_options={{"connect_args": WRONG}})
+with app.context() as session:
+    try:
+        session.scalar(select(1))
+    except Exception as error:
+        assert "connect_timeout" in str(error), error
+print("done")
+""".replace("WRONG", '{{"connect_timeout": "soon"}}')
+#: Arguments of psycopg2 that limit the time for connecting.
+WAITS: list[dict[str, Any]] = [{"connect_timeout": 1}, {"dsn": "connect_timeout=1"}]
+
+
+@pytest.mark.parametrize("row", rows_of("psycopg2"))
+def test_connect_timeout_holds_where_a_callback_waits(row: Row) -> None:
+    pytest.importorskip("gevent.monkey")
+    script = WAITING_BY_A_CALLBACK.format(url=row.url().render_as_string(hide_password=False))
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
 def test_what_is_no_socket_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
     os.close(writing)

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import Engine, event
@@ -23,7 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import Pool
 
 from .._dependencies import outdate_pool
-from .._drivers.registry import UNKNOWN, driver_that_made
+from .._drivers.registry import UNKNOWN, driver_of, driver_that_made
 from ..errors import BreakerOpenError, DeadlineError
 from ..failures import Failure, classify
 from .forks import after_fork, fork_safe_lock
@@ -32,8 +32,13 @@ from .read_only import read_only_engines
 from .replaced_errors import causes_of
 from .secrets import shown_url, without_secrets
 
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Dialect
+    from sqlalchemy.pool import PoolProxiedConnection
+
 __all__ = [
     "Breaker",
+    "ask_server",
     "breaker_of",
     "breaker_state",
     "forget_connections",
@@ -159,6 +164,7 @@ class _GuardedPool(Pool):
 
     breaker: Breaker
     database: str
+    dialect: Dialect
 
     def connect(self) -> Any:
         breaker = self.breaker
@@ -178,7 +184,7 @@ class _GuardedPool(Pool):
             raise error
         try:
             connection = super().connect()
-            # The pool has made it anew, so the server has answered.
+            ask_server(connection, self.dialect)
             breaker.close()
             return connection
         except Exception as error:
@@ -189,6 +195,19 @@ class _GuardedPool(Pool):
             raise
         finally:
             breaker.end_try()
+
+
+def ask_server(connection: PoolProxiedConnection, dialect: Dialect) -> None:
+    """Have the server itself answer who tries it: what is in front of it may accept connections in its place.
+
+    :param connection: a new one, which is lost if nothing answers.
+    """
+    try:
+        driver_of(dialect).ping(dialect, connection.dbapi_connection)
+    except BaseException:
+        connection.invalidate()
+        connection.close()
+        raise
 
 
 def guard(owner: Any, failures: int, seconds: float) -> None:
@@ -224,16 +243,16 @@ def _guard(engine: Engine, failures: int, seconds: float) -> None:
         if driver_connection is not None:
             breaker.note_answer()
 
-    event.listen(engine, "connect", note_answer)
+    # A new connection is no answer of the server, if there is a pooler in front of it.
     event.listen(engine, "checkin", note_answer)
-    guard_pool(engine.pool, breaker, name)
+    _guard_pool(engine.pool, breaker, name, engine.dialect)
 
 
-def guard_pool(pool: Pool, breaker: Breaker, name: str) -> None:
+def _guard_pool(pool: Pool, breaker: Breaker, name: str, dialect: Dialect) -> None:
     """Have a pool, and those that ``dispose()`` puts in its place, heed a breaker."""
     kind = type(pool)
     # A class, because a pool that is made anew has nothing else of this one. Its name is part of the logger's.
-    names = {"breaker": breaker, "database": name, "__module__": kind.__module__}
+    names = {"breaker": breaker, "database": name, "dialect": dialect, "__module__": kind.__module__}
     pool.__class__ = type(kind.__name__, (_GuardedPool, kind), names)
 
 

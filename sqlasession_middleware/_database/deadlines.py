@@ -26,13 +26,14 @@ from weakref import WeakSet, ref
 
 from sqlalchemy import event
 
-from .._dependencies import came_from_commit
+from .._dependencies import came_from_commit, is_server_side
 from .._drivers.registry import driver_of
 from .._scope.deadline import begin_unit, current_deadline, now
 from ..errors import DeadlineError
 from ..failures import Failure, classify
 from .breaker import note_silence, unguarded_pool
 from .forks import fork_safe_lock
+from .liveness import ping_in_checkout
 from .observers import engines_of, note_late
 from .pool import limit_pool
 from .read_only import read_only_engines
@@ -71,6 +72,7 @@ def limit_waits(engine: Engine) -> None:
 def _listen(engine: Engine) -> None:
     waits = _Waits(engine)
     limit_pool(engine.pool)
+    ping_in_checkout(engine)
     # First, because the other listeners may send something.
     event.listen(engine, "connect", waits.watch_new, insert=True)
     event.listen(engine, "checkout", waits.watch, insert=True)
@@ -79,6 +81,8 @@ def _listen(engine: Engine) -> None:
     if driver_of(engine).server.is_networked:
         event.listen(engine, "do_connect", waits.connect)
     event.listen(engine, "before_cursor_execute", _refuse_statement)
+    if driver_of(engine).ends_rows_silently:
+        event.listen(engine, "before_cursor_execute", _mind_rows)
     # Before a commit is counted.
     for name in ("commit", "prepare_twophase"):
         event.listen(engine, name, _refuse_commit, insert=True)
@@ -131,6 +135,7 @@ class _Waits:
         left = deadline - now()
         if self._engine() in read_only_engines:
             left /= 2  # Another one, or the primary, may answer.
+        options = self._driver.share_time(options, left)
         return _Attempt(partial(self._connect, dialect, record, arguments, options)).wait(left)
 
     def _connect(self, dialect: Dialect, record: Any, arguments: list[Any], options: dict[str, Any]) -> Any:
@@ -202,6 +207,20 @@ def _refuse_statement(connection: Connection, *more: object) -> None:
     deadline = current_deadline()
     if deadline is not None and deadline <= now():
         raise note_late("nothing is sent to the database any more")
+
+
+def _mind_rows(connection: Connection, cursor: Any, statement: str, given: Any, context: Any, many: bool) -> None:
+    """Have rows end with an error if that is why they end."""
+    watched = watch_of(connection.connection.dbapi_connection) if is_server_side(context) else None
+    if watched is None:
+        return
+
+    def check(has_ended: bool) -> None:
+        # Before the server has ended it, closing the cursor would read all the rest, and keep all of Python waiting.
+        if watched.is_cancelled and (has_ended or watched.is_heard):
+            raise note_late("what the database did was ended")
+
+    driver_of(connection).mind_rows(cursor, check)
 
 
 def _refuse_commit(connection: Connection, xid: object = None) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import event
 from sqlalchemy.exc import InvalidatePoolError
 
-from .._dependencies import ping
+from .._dependencies import known_records, ping, take_pre_ping
 from .._drivers.registry import driver_of
 from ..failures import Failure, classify
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-__all__ = ["PING_AFTER", "has_to_ping_always", "replace_lost_connections"]
+__all__ = ["PING_AFTER", "has_to_ping_always", "ping_in_checkout", "replace_lost_connections"]
 
 #: How many seconds a connection may be idle before it is pinged. It is shorter than what is known to forget silently:
 #: Azure's load balancers after 240 seconds, AWS's NAT gateways after 350, GCP's firewalls after 600.
@@ -65,7 +65,8 @@ def has_to_ping_always(ping_after: float | None) -> bool:
 def replace_lost_connections(engine: Engine, ping_after: float | None) -> None:
     """Have the pool of a new engine replace the connections that were lost while they were idle.
 
-    :param ping_after: how many seconds a connection may be idle before it is pinged; None for ever.
+    :param ping_after: how many seconds a connection may be idle before it is pinged; None for ever, less than 0 to ping
+        it at each use.
     """
     dialect, file_number = engine.dialect, driver_of(engine).file_number
     longest = float("inf") if ping_after is None else ping_after
@@ -86,6 +87,14 @@ def replace_lost_connections(engine: Engine, ping_after: float | None) -> None:
     # First, because another listener may send something.
     event.listen(engine, "checkout", look, insert=True)
     event.listen(engine, "checkin", note_return)
+
+
+def ping_in_checkout(engine: Engine) -> None:
+    """Have a pool with ``pool_pre_ping`` send its pings among the listeners of ``checkout``, where one can be ended."""
+    if take_pre_ping(engine.pool):
+        for record in known_records(engine.pool):
+            record.info[RETURNED] = 0.0  # Long ago: only new connections are not pinged.
+        replace_lost_connections(engine, ping_after=-1)
 
 
 def answers(dialect: Dialect, driver_connection: Any) -> bool:

@@ -46,6 +46,7 @@ def limit_network_waits(engine: Engine, connect_timeout: int) -> None:
     def complete(dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
         for name, value in driver.network_defaults(dialect.dbapi, arguments, options, connect_timeout).items():
             options.setdefault(name, value)
+        driver.limit_connecting(dialect.dbapi, options)
 
     def watch(driver_connection: Any, record: Any) -> None:
         number = driver.file_number(driver_connection)

@@ -15,13 +15,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import Context, ContextVar
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
@@ -99,11 +99,9 @@ class _Ping:
         #: what is wrong, and whether the server has refused the connection as one too many
         self._problem: str | None = None
         self._is_one_too_many = False
-        # A duplicate of the connection's descriptor: the number of the connection's own may be another one's by the
-        # time it is used.
-        self._number: int | None = None
+        #: ends the wait for its connection, as soon as it has one
+        self._end_wait: Callable[[], None] | None = None
         self._is_cut = False
-        self._cutting = threading.Lock()
 
     def start(self, engine: Engine) -> None:
         """Ask, in a thread."""
@@ -140,7 +138,7 @@ class _Ping:
             self._problem = _said(error)
             self._is_one_too_many = driver_of(engine).refuses_one_more(error)
         finally:
-            self._forget_socket()
+            self._end_wait = None
             self.ended.set()
 
     def _ask(self, engine: Engine) -> None:
@@ -155,10 +153,7 @@ class _Ping:
             return
         try:
             driver_connection: Any = connection.dbapi_connection
-            number = driver.file_number(driver_connection)
-            if number is not None:
-                with suppress(OSError):  # Windows has no duplicate of a socket's number.
-                    self._number = os.dup(number)
+            self._end_wait = partial(driver.cut, driver_connection)
             driver.ping(engine.dialect, driver_connection)
         finally:
             connection.close()
@@ -166,17 +161,10 @@ class _Ping:
     def _cut(self) -> None:
         """End a ping that hangs on a connection: its thread gets an error."""
         self._is_cut = True
-        with self._cutting, suppress(OSError):
-            if self._number is not None:
-                with socket.socket(fileno=self._number) as duplicate:
-                    self._number = None
-                    duplicate.shutdown(socket.SHUT_RDWR)
-
-    def _forget_socket(self) -> None:
-        with self._cutting:
-            if self._number is not None:
-                os.close(self._number)
-                self._number = None
+        end_wait = self._end_wait
+        if end_wait is not None:
+            with suppress(OSError):  # It is closed in this moment. Windows has no duplicate of a socket's number.
+                end_wait()
 
 
 class _Pinger:

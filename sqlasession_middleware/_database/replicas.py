@@ -17,10 +17,11 @@ from sqlalchemy.orm import Session
 
 from .._dependencies import call_first
 from .._drivers.registry import driver_by_dialect, driver_of, server_of_url
+from .._scope.deadline import half_of_deadline
 from .._scope.scope import Scope, current
 from ..errors import ConfigurationError
 from ..failures import Failure, classify
-from .breaker import Breaker, forget_connections, register
+from .breaker import Breaker, ask_server, forget_connections, register
 from .cookie import LastWrite, ReadYourWritesCookie
 from .engines import EngineSource, read_source
 from .read_only import explain_refusal, read_only_engines
@@ -118,6 +119,16 @@ class Replica:
     def _note_end_of_outage(self) -> None:
         logger.warning("The replica %r is reachable again", self)
 
+    def prove(self) -> None:
+        """Have it answer a question.
+
+        :raises Exception: an error of SQLAlchemy or of the driver, if it does not.
+        """
+        with half_of_deadline():  # The primary may answer.
+            connection = self.engine.raw_connection()
+            ask_server(connection, self.engine.dialect)
+            connection.close()
+
     def has(self, last_write: LastWrite, cookie: ReadYourWritesCookie) -> bool:
         """Whether it has what a client wrote. False if that is not certain.
 
@@ -191,18 +202,25 @@ class Replicas:
                     return replica
             elif breaker.begin_try():
                 try:
-                    if self._try_to_connect(session, replica, last_write):
+                    if self._try_to_connect(session, replica, last_write, is_open=True):
                         breaker.close()
                         return replica
                 finally:
                     breaker.end_try()
         return None
 
-    def _try_to_connect(self, session: Session, replica: Replica, last_write: LastWrite | None) -> bool:
-        """Connect a Session to one replica, unless that is out of reach or behind the client's last write."""
+    def _try_to_connect(
+        self, session: Session, replica: Replica, last_write: LastWrite | None, is_open: bool = False
+    ) -> bool:
+        """Connect a Session to one replica, unless that is out of reach or behind the client's last write.
+
+        :param is_open: whether the replica's breaker is open, so that it is to prove that it is back.
+        """
         scope = current.get(None)
         known_failure = scope.failure if isinstance(scope, Scope) else None
         try:
+            if is_open:
+                replica.prove()
             if last_write is not None and not replica.has(last_write, self.cookie):
                 return False
             connects = replica.connects

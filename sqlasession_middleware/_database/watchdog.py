@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from .._drivers.base import ask
 from .forks import after_fork, fork_safe_lock
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ __all__ = ["Watch", "end_watch", "watch", "watch_of"]
 
 #: Seconds until a server has to have ended what it was asked to cancel.
 _GRACE: Final = 0.2
+#: Seconds after which it is asked whether it is there, if that is not known.
+_REACTION: Final = 0.05
 #: Seconds between two looks at a connection whose deadline has passed.
 _INTERVAL: Final = 0.1
 #: How many requests to cancel may be under way: a silent server does not answer them.
@@ -67,7 +70,7 @@ class Watch:
         self.connect = connect
         #: whether the server was asked to cancel a statement, which may reach it late
         self.is_cancelled = False
-        #: whether the server has taken that request
+        #: whether the server has answered since
         self.is_heard = False
         #: whether the wait was ended here, because the server has not ended it
         self.is_cut = False
@@ -93,11 +96,23 @@ class Watch:
     def _cancel(self) -> None:
         _cancels.add(self)
         try:
-            with suppress(Exception):  # It may have ended, and no server may answer.
-                self.driver.cancel(self.driver_connection, self.connect)
-                self.is_heard = True
+            self.is_heard = self.driver.cancel(self.driver_connection, self.connect) or self._is_answered()
+        except Exception as error:  # It may have ended, and no server may answer.
+            self.is_heard = self.driver.refuses_one_more(error)
         finally:
             _cancels.discard(self)
+
+    def _is_answered(self) -> bool:
+        """Whether the server has ended what it was asked to cancel, or else answers another question."""
+        _original(time, "sleep")(_REACTION)
+        if not self.driver.is_waiting(self.driver_connection):
+            return True
+        other = self.connect()
+        try:
+            ask(other, "SELECT 1")
+        finally:
+            other.close()
+        return True
 
 
 _watches: dict[ConnectionPoolEntry, Watch] = {}

@@ -202,6 +202,8 @@ class Driver:
     #: Whether arguments of its ``connect()`` have the system watch the other side of a connection; see
     #: :meth:`network_defaults`. Otherwise its sockets are set.
     keeps_alive = False
+    #: Whether its cursors that do not buffer take an error among the rows for their end; see :meth:`mind_rows`.
+    ends_rows_silently = False
 
     def __init__(self, server: Server | None = None) -> None:
         if server is not None:
@@ -363,7 +365,7 @@ class Driver:
             options[self.connect_timeout] = seconds
 
     def ping(self, dialect: Dialect, driver_connection: Any) -> None:
-        """Ask the server for an answer, and leave no transaction open.
+        """Ask the server itself for an answer, and leave no transaction open that was not.
 
         :raises Exception: the driver's, if there is none.
         """
@@ -387,6 +389,19 @@ class Driver:
         if self.connect_timeout is None or not options.keys().isdisjoint((self.connect_timeout, *self.option_files)):
             return {}
         return {self.connect_timeout: connect_timeout}
+
+    def limit_connecting(self, module: Any, options: dict[str, Any]) -> None:
+        """Have a new connection heed :attr:`connect_timeout` where the driver by itself would not.
+
+        :param options: the arguments of its ``connect()`` that have a name, to be changed.
+        """
+
+    def share_time(self, options: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The arguments of its ``connect()`` that have a name, so that each of several hosts has a part of the time.
+
+        :param seconds: how long whoever connects waits for all of them together.
+        """
+        return options
 
     def make_read_only(self, driver_connection: Any) -> None:
         """Have a new connection refuse to write, as far as that can be had."""
@@ -418,11 +433,17 @@ class Driver:
         """Whether the server is to answer, or may be; True where that is not known."""
         return True
 
-    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> None:
+    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> bool:
         """Ask the server to end what it does for a connection. It may take long to ask.
 
         :param connect: makes another connection of the same engine.
+        :returns: False if nobody but the server would know that it was not the server that has taken the request.
+        :raises Exception: the driver's, if the server does not answer.
         """
+        return True
+
+    def mind_rows(self, cursor: Any, check: Callable[[bool], None]) -> None:
+        """Have a cursor call something after each fetch, with whether there are no more rows, as it seems."""
 
     def cut(self, driver_connection: Any) -> None:
         """End the wait of whoever uses a connection, which is lost then."""

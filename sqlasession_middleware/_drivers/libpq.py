@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 from .base import Code, ask, file_number_of, port_of, read_attribute, text_of
 from .failure import Failure
 from .keepalive import COUNT, IDLE, INTERVAL, UNACKNOWLEDGED
-from .postgresql import PostgreSQLDriver
+from .postgresql import PostgreSQLDriver, ask_alone
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
 
-__all__ = ["LibpqDriver"]
+__all__ = ["FULL_SERVER", "LibpqDriver"]
 
 #: PQTRANS_IDLE, PQTRANS_ACTIVE and PQTRANS_INERROR ("Connection Status Functions").
 TRANSACTION_IDLE: Final = 0
@@ -52,11 +52,10 @@ ANSWERS: Final[Mapping[str, Failure]] = {
     "terminating connection": Failure.LOST,
 }
 
-#: Those of them that say that as many connections are open as are admitted, and the SQLSTATE for it.
+#: Those of them that say that as many connections are open as are admitted: PostgreSQL's own, all, and its SQLSTATE.
+FULL_SERVER: Final = ("too many clients already", "too many connections for ", "connection slots are reserved")
 FULL: Final = (
-    "too many clients already",
-    "too many connections for ",
-    "connection slots are reserved",
+    *FULL_SERVER,
     "no more connections allowed",
     "max clients reached",
     "ax client connections reached",
@@ -101,6 +100,8 @@ KEEPALIVES: Final[Mapping[str, int]] = {
 }
 #: In milliseconds. On Linux it also counts in place of the three above.
 USER_TIMEOUT: Final = "tcp_user_timeout"
+#: The fewest seconds of ``connect_timeout``: psycopg and libpq take 1 for 2.
+SHORTEST_TIMEOUT: Final = 2
 #: The version of libpq since which it has this parameter. It refuses one that it does not know.
 HAS_USER_TIMEOUT: Final = 120000
 
@@ -135,8 +136,8 @@ class LibpqDriver(PostgreSQLDriver):
     def ping(self, dialect: Dialect, driver_connection: Any) -> None:
         # SQLAlchemy sends an empty query, to which a proxy need not ask a server. PgBouncer would close its own
         # connection to the server if a client left in a transaction.
-        driver_connection.autocommit = True
-        ask(driver_connection, "SELECT 1")
+        is_idle = self.transaction_status(driver_connection) == TRANSACTION_IDLE
+        (ask_alone if is_idle else ask)(driver_connection, "SELECT 1")
 
     def network_defaults(
         self, module: Any, arguments: Collection[Any], options: Mapping[str, Any], connect_timeout: int
@@ -158,6 +159,15 @@ class LibpqDriver(PostgreSQLDriver):
         if not has_times and not says(USER_TIMEOUT) and self.libpq_version(module) >= HAS_USER_TIMEOUT:
             defaults[USER_TIMEOUT] = UNACKNOWLEDGED * 1000
         return defaults
+
+    def share_time(self, options: dict[str, Any], seconds: float) -> dict[str, Any]:
+        hosts = str(options.get("host", "")).count(",") + 1
+        share = max(int(seconds / hosts), SHORTEST_TIMEOUT)
+        try:
+            given = int(options.get("connect_timeout") or share + 1)
+        except (TypeError, ValueError):
+            return options  # The driver says what is wrong with it.
+        return options if hosts == 1 or 0 < given <= share else {**options, "connect_timeout": share}
 
     def libpq_version(self, module: Any) -> int:
         """The version of libpq that the driver's module runs with; 0 if it does not tell."""
@@ -188,7 +198,7 @@ class LibpqDriver(PostgreSQLDriver):
     def is_waiting(self, driver_connection: Any) -> bool:
         return self.transaction_status(driver_connection) == ACTIVE
 
-    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> None:
+    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> bool:
         # Not PQcancel(): psycopg2 keeps all of Python waiting for it, and a silent server never answers.
         number, port = driver_connection.info.backend_pid, port_of(self.file_number(driver_connection)) or "-1"
         other = connect()
@@ -196,6 +206,7 @@ class LibpqDriver(PostgreSQLDriver):
             ask(other, CANCEL % (number, int(port)))
         finally:
             other.close()
+        return True
 
     def file_number(self, driver_connection: Any) -> int | None:
         return file_number_of(driver_connection)

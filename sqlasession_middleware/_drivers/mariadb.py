@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 from .._dependencies import LAST_STATEMENT, socket_number_of
@@ -21,6 +23,7 @@ class MariaDBConnector(MySQLDriver):
     # What such a file says takes precedence over the argument.
     option_files = ("default_file", "default_group")
     can_tell_rest = True
+    ends_rows_silently = True
     # Its cursors send by themselves. They note each statement before.
     sending = (
         *("begin", "select_db", "database", "autocommit", "kill", "change_user"),
@@ -47,9 +50,41 @@ class MariaDBConnector(MySQLDriver):
     def connection_number(self, driver_connection: Any) -> int | None:
         return number_of(read_attribute(driver_connection, "connection_id"))
 
+    def mind_rows(self, cursor: Any, check: Callable[[bool], None]) -> None:
+        kind: Any = type(cursor)
+        cursor.__class__ = minding_class(kind)
+        cursor.check_rows = check
+
     def file_number(self, driver_connection: Any) -> int | None:
         try:
             number = socket_number_of(driver_connection)
         except Exception:
             return None
         return number if number >= 0 else None
+
+
+@cache
+def minding_class(kind: type[Any]) -> type:
+    """A subclass of the driver's cursors, which calls its ``check_rows`` after each fetch.
+
+    :param kind: the driver's class. Its methods return what they have when the server sends an error instead of a row.
+    """
+
+    def fetchone(self: Any) -> Any:
+        row = kind.fetchone(self)
+        self.check_rows(row is None)
+        return row
+
+    def fetchmany(self: Any, size: int = 0) -> Any:
+        rows = kind.fetchmany(self, size)
+        self.check_rows(len(rows) < (size or self.arraysize))
+        return rows
+
+    def fetchall(self: Any) -> Any:
+        rows = kind.fetchall(self)
+        self.check_rows(True)
+        return rows
+
+    methods = {call.__name__: wraps(getattr(kind, call.__name__))(call) for call in (fetchone, fetchmany, fetchall)}
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), {**names, **methods})

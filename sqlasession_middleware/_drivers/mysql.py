@@ -266,10 +266,10 @@ class MySQLDriver(Driver):
         # None of the drivers tells whether it waits. Between two statements of a transaction it does not.
         return not (hasattr(driver_connection, "at_rest") and self.is_at_rest(driver_connection))
 
-    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> None:
+    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> bool:
         number, port = self.connection_number(driver_connection), port_of(self.file_number(driver_connection))
         if number is None:
-            return
+            return True
         other = connect()
         try:
             row = ask(other, ASK_WHETHER_SAME % number)
@@ -277,6 +277,7 @@ class MySQLDriver(Driver):
                 ask(other, f"KILL QUERY {number:d}")
         finally:
             other.close()
+        return True
 
     def connection_number(self, driver_connection: Any) -> int | None:
         """The number that the server knows a connection by."""

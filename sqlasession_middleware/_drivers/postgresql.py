@@ -216,10 +216,10 @@ class PostgreSQL(CompatibleWithPostgreSQL):
         return _ask_transaction(driver_connection)[1]
 
     def written_position(self, driver_connection: Any) -> int | None:
-        return _ask_alone(driver_connection, ASK_WRITTEN)
+        return ask_alone(driver_connection, ASK_WRITTEN)
 
     def replayed_position(self, driver_connection: Any) -> int | None:
-        return _ask_alone(driver_connection, ASK_REPLAYED)
+        return ask_alone(driver_connection, ASK_REPLAYED)
 
     def limits(self, connection: Connection) -> list[Limit]:
         maximum, reserved = connection.execute(text(ASK_LIMITS)).one()
@@ -255,7 +255,7 @@ def _ask_transaction(driver_connection: Any) -> tuple[bool, bool]:
         return False, False  # A connection that does not answer has nothing that could be kept.
 
 
-def _ask_alone(driver_connection: Any, statement: str) -> int | None:
+def ask_alone(driver_connection: Any, statement: str) -> int | None:
     """Ask outside of a transaction, and leave none open: that takes one round trip."""
     before = driver_connection.autocommit
     driver_connection.autocommit = True

@@ -35,12 +35,12 @@ class Psycopg(LibpqDriver):
         # Each read of ``info`` makes an object.
         return getattr(getattr(driver_connection, "pgconn", None), "transaction_status", None)
 
-    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> None:
+    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> bool:
         capabilities: Any = read_attribute(sys.modules.get("psycopg"), "capabilities")  # since 3.2
         if capabilities is not None and capabilities.has_cancel_safe():
             driver_connection.cancel_safe(timeout=CANCEL_TIMEOUT)  # It needs no further connection.
-        else:
-            super().cancel(driver_connection, connect)
+            return False  # PgBouncer takes it for a server that is silent.
+        return super().cancel(driver_connection, connect)
 
     def libpq_version(self, module: Any) -> int:
         try:

@@ -98,8 +98,9 @@ class SQLiteDriver(Driver):
         code = read_attribute(error, "sqlite_errorcode")
         return code & 0xFF if type(code) is int else None
 
-    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> None:
+    def cancel(self, driver_connection: Any, connect: Callable[[], Any]) -> bool:
         driver_connection.interrupt()
+        return True
 
     def cut(self, driver_connection: Any) -> None:
         """There is no server that could be silent."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,16 @@ from .._wsgi.event_stream import EVENT_STREAM, unit_ends
 from .._wsgi.websocket import asks_for_websocket
 from .scope import ENDED, Scope, current, outwards
 
-__all__ = ["begin_deadline", "begin_unit", "current_deadline", "limited", "now", "remaining", "shortest_deadline"]
+__all__ = [
+    "begin_deadline",
+    "begin_unit",
+    "current_deadline",
+    "half_of_deadline",
+    "limited",
+    "now",
+    "remaining",
+    "shortest_deadline",
+]
 
 #: A clock that nobody sets.
 now = time.monotonic
@@ -57,6 +67,22 @@ def _has_units(scope: Scope) -> bool:
         return True
     environ = scope.environ
     return environ is not None and (EVENT_STREAM in environ.get("HTTP_ACCEPT", "") or asks_for_websocket(environ))
+
+
+@contextmanager
+def half_of_deadline() -> Iterator[None]:
+    """Let the block have half of the time that is left to the current scope."""
+    scope: Any = current.get(None)
+    deadline = None if scope is None else scope.deadline
+    if deadline is None:
+        yield
+        return
+    at = now()
+    scope.deadline = at + (deadline - at) / 2
+    try:
+        yield
+    finally:
+        scope.deadline = deadline
 
 
 def current_deadline() -> float | None:

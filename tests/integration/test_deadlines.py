@@ -19,8 +19,10 @@ from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware.errors import DeadlineError
+from sqlasession_middleware.unavailable import breaker_state
 
-from ..drivers import Row, rows_on
+from ..drivers import Row, rows_of, rows_on
+from ..test_health import account
 from .faulty_ways import Gate, full_backlog, offers_tls, silent_listener
 from .own_servers import OwnMariaDB, OwnPostgreSQL, OwnServer, running
 from .servers import PATIENCE
@@ -47,16 +49,24 @@ RUNNING = {
 class World:
     """A database, an application that works with it, and what is wrong."""
 
-    def __init__(self, row: Row, url: URL, stack: ExitStack, mode: str, **connect_args: Any) -> None:
+    def __init__(
+        self, row: Row, url: URL, stack: ExitStack, mode: str, pre_ping: bool = False, **connect_args: Any
+    ) -> None:
         self.row, self.url, self.mode = row, url, mode
         #: marks the statements of this test
         self.token = uuid4().hex
         self.work: Callable[[], object] = lambda: self.say("SELECT 1")
         self.connect_args = connect_args
+        self.commits = True
         self.app = SQLASessionMiddleware(
             self.answer,
             url,
-            engine_options={"pool_size": 1, "max_overflow": 0, "connect_args": connect_args},
+            engine_options={
+                "pool_size": 1,
+                "max_overflow": 0,
+                "connect_args": connect_args,
+                **({"pool_pre_ping": True} if pre_ping else {}),
+            },
             deadline=DEADLINE,
             unavailable=True,
             **MODES[mode],
@@ -72,7 +82,7 @@ class World:
 
     def answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         self.work()
-        if self.mode == "plain":
+        if self.mode == "plain" and self.commits:
             session.commit()
         start_response("200 OK", [("Content-Type", "text/plain")])
         return [b"done"]
@@ -159,6 +169,45 @@ def query_takes_long(row: Row, stack: ExitStack, mode: str) -> Iterator[World]:
 
 
 @contextmanager
+def rows_trickle(row: Row, stack: ExitStack, mode: str) -> Iterator[World]:
+    """They are so few that the server sends them all together, with the error of a statement that was cancelled."""
+    world = World(row, row.url(), stack, mode)
+    rows = {
+        "postgresql": "SELECT n, pg_sleep(0.01) FROM generate_series(1, 800) AS n",
+        "mariadb": "SELECT seq, sleep(0.01) FROM seq_1_to_800",
+    }[row.server]
+    streamed = text(f"{rows} /* {world.token} */").execution_options(yield_per=5)
+    world.work = lambda: sum(1 for _ in session.execute(streamed))
+    world.commits = False  # Which would be refused.
+    yield world
+    world.work = lambda: world.say("SELECT 1")
+
+
+@contextmanager
+def server_is_full(row: Row, stack: ExitStack, mode: str) -> Iterator[World]:
+    """There is no further connection for the request to cancel."""
+    world = World(row, stack.enter_context(account(row)), stack, mode)
+    world.work = partial(world.sleep, 2)
+    yield world
+    # Nor is there one for the next request, until the server has noticed.
+    world.wait_until(world.is_clean)
+    world.work = lambda: world.say("SELECT 1")
+    world.wait_until(lambda: world.ask() == "200")
+    assert breaker_state(world.app.engine) == "closed"
+
+
+@contextmanager
+def ping_is_not_answered(row: Row, stack: ExitStack, mode: str) -> Iterator[World]:
+    url = row.url()
+    gate = stack.enter_context(Gate(str(url.host), url.port or (5432 if row.server == "postgresql" else 3306)))
+    world = World(row, through(gate.port, url), stack, mode, pre_ping=True)
+    assert world.ask() == "200"
+    gate.shut()
+    yield world
+    gate.open()
+
+
+@contextmanager
 def lock_is_held(row: Row, stack: ExitStack, mode: str) -> Iterator[World]:
     world = World(row, row.url(), stack, mode)
     world.work = lambda: world.say(f"UPDATE {TABLE} SET n = n + 1 WHERE id = 1")
@@ -231,6 +280,9 @@ FAULTS: dict[str, Fault] = {
     "TLS hangs": tls_hangs,
     "full pool": pool_is_full,
     "long query": query_takes_long,
+    "rows that trickle": rows_trickle,
+    "long query on a full server": server_is_full,
+    "ping": ping_is_not_answered,
     "lock": lock_is_held,
     "packets vanish in a statement": partial(packets_vanish, at="UPDATE"),
     "packets vanish in COMMIT": partial(packets_vanish, at="COMMIT"),
@@ -284,3 +336,18 @@ def test_request_is_answered_by_its_deadline(row: Row, fault: str, mode: str, ow
             world.wait_until(world.is_clean)
             assert world.ask() == "200"
             assert world.app.engine.pool.checkedout() == 0
+
+
+@pytest.mark.parametrize("silent", [silent_listener, full_backlog])
+@pytest.mark.parametrize("row", rows_of("psycopg", "psycopg2"))
+def test_second_host_is_asked_in_time(row: Row, silent: Callable[[], AbstractContextManager[int]]) -> None:
+    """A connect timeout is one of each host, and that of the first may be longer than the deadline."""
+    url = row.url()
+    with silent() as port:
+        hosts = [f"127.0.0.1:{port}", f"{url.host}:{url.port or 5432}"]
+        app = SQLASessionMiddleware(
+            lambda environ, start: [], url.set(host=None, port=None, query={**url.query, "host": hosts})
+        )
+        with app.context(deadline=5) as opened:
+            assert opened.scalar(text("SELECT 1")) == 1
+        app.dispose()

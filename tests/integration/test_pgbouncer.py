@@ -23,6 +23,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, session
+from sqlasession_middleware.unavailable import breaker_state
 
 from ..conftest import DATABASES_SEEN
 from ..creators import ROUNDS
@@ -30,6 +31,7 @@ from ..test_schema import race
 from .own_servers import OwnPostgreSQL, OwnServer, running
 from .pgbouncer import PgBouncer, bouncing
 from .servers import PATIENCE, ROOT
+from .test_deadlines import stopped
 
 DRIVERS = ["psycopg", "psycopg2"]
 #: What psycopg is told for a PgBouncer before 1.21. psycopg2 prepares nothing.
@@ -329,6 +331,96 @@ def test_answer_is_503_while_the_server_behind_the_bouncer_is_away(own_postgresq
             assert time.monotonic() < deadline, bouncer.said
             time.sleep(0.05)
         assert status == 200
+
+
+class Asked:
+    """An application behind a bouncer, with deadlines and breakers."""
+
+    def __init__(self, url: URL, driver: str, **options: Any) -> None:
+        self.statement = "SELECT 1"
+        self.app = SQLASessionMiddleware(
+            self.answer,
+            url,
+            engine_options=UNPREPARED[driver],
+            deadline=0.7,
+            unavailable={"breaker_failures": 2, "breaker_seconds": 0.5},
+            **options,
+        )
+
+    def answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        session.execute(text(self.statement))
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"done"]
+
+    def ask(self) -> tuple[int, bool]:
+        """The status, and whether somebody has waited."""
+        begun = time.monotonic()
+        status = status_of(self.app)
+        took = time.monotonic() - begun
+        assert took < 0.7 + 0.5, took
+        return status, took > 0.5
+
+    def ask_until(self, done: Any) -> None:
+        end = time.monotonic() + PATIENCE
+        while not done(self.ask()[0]):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_breaker_opens_for_a_silent_server_behind_a_bouncer_that_answers(
+    own_postgresql: OwnServer, driver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The bouncer lets everybody in, and takes requests to cancel."""
+    with bouncing(own_postgresql.url) as bouncer:
+        asked = Asked(url_of(bouncer, driver), driver)
+        assert asked.ask() == (200, False)
+        asked.statement = "SELECT pg_sleep(1)"
+        for _ in range(3):  # A slow query is no silence.
+            assert asked.ask() == (503, True)
+        assert breaker_state(asked.app.engine) == "closed"
+        asked.statement = "SELECT 1"
+        asked.ask_until(lambda status: status == 200)
+        with stopped(own_postgresql):
+            asked.ask_until(lambda status: breaker_state(asked.app.engine) != "closed")
+            answers = []
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                answers.append(asked.ask())
+                time.sleep(0.02)
+            assert {status for status, _ in answers} == {503}
+            # Whoever tries waits, once in each period.
+            assert sum(waits for _, waits in answers) <= 4
+        asked.ask_until(lambda status: status == 200)
+        asked.app.dispose()
+    said = [each.getMessage() for each in caplog.records]
+    assert sum("told so at once" in each for each in said) == 1
+    assert sum("is reachable again" in each for each in said) == 1
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_silent_replica_behind_a_bouncer_that_answers_is_passed_over(
+    postgresql: URL, own_postgresql: OwnServer, driver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with bouncing(own_postgresql.url) as bouncer:
+        asked = Asked(
+            postgresql.set(drivername=f"postgresql+{driver}"),
+            driver,
+            replicas=[url_of(bouncer, driver)],
+            replica_retry=0.5,
+        )
+        replica = asked.app.engines["replicas[0]"]
+        assert asked.ask() == (200, False)
+        with stopped(own_postgresql):
+            assert asked.ask() == (503, True)  # This one finds out.
+            end = time.monotonic() + 2
+            while time.monotonic() < end:
+                assert asked.ask()[0] == 200
+                assert breaker_state(replica) != "closed"
+                time.sleep(0.02)
+        asked.ask_until(lambda status: breaker_state(replica) == "closed")
+        asked.app.dispose()
+    assert sum("is reachable again" in each.getMessage() for each in caplog.records) == 1
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
