@@ -142,7 +142,7 @@ def test_run_repeats_what_may_not_recur(
     job = Conflicts(attempts - 1)
     assert app.run(job, attempts=given) == attempts
     assert numbers(app) == [attempts]
-    assert [record.getMessage().partition(" of <")[0] for record in caplog.records] == [
+    assert [record.getMessage().partition(" of Conflicts")[0] for record in caplog.records] == [
         f"Attempt {number} of {attempts}" for number in range(1, attempts)
     ]
     job = Conflicts(attempts)
