@@ -115,6 +115,7 @@ def _call_in(open_context: Callable[[], Any], call: Callable[[], object]) -> Non
         calls = None if scope.session is None else find_calls(scope.session)
         # What it has given to after_commit() follows the same commit, unless it has left work of its own undone.
         if calls is not None and end_reading(scope) and not uncommitted(open_session(scope)):
+            calls.note_durable()
             calls.make()
 
 

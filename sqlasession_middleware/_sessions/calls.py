@@ -42,7 +42,11 @@ class Calls:
     def __init__(self, session: Session, run: Callable[[Callable[[], object]], object]) -> None:
         self._run = run
         self._waiting: list[_Call] = []
+        #: what follows a commit that has taken place
+        self._due: list[_Call] = []
         self._is_durable = False
+        #: set until what has committed the Session is done with its other work: :meth:`make` is called then
+        self.is_held = False
         #: set while a transaction is ended that has only read: nothing is undone by that
         self.is_end_of_reading = False
         self._hears_commits = False
@@ -64,10 +68,11 @@ class Calls:
         self._waiting.clear()
 
     def make(self) -> None:
-        """Make the calls that wait."""
-        durable, self._waiting = self._waiting, []
+        """Make the calls whose commit has taken place."""
+        self.is_held = False
+        due, self._due = self._due, []
         fatal = None
-        for each in durable:
+        for each in due:
             try:
                 self._run(each.call)
             except BaseException as failure:
@@ -76,6 +81,11 @@ class Calls:
                     fatal = failure
         if fatal is not None:
             raise fatal
+
+    def note_durable(self) -> None:
+        """Have nothing wait any more: what it has waited for is durable."""
+        self._due += self._waiting
+        self._waiting = []
 
     def _hear_commits(self, session: Session) -> None:
         if not self._hears_commits:
@@ -95,7 +105,9 @@ class Calls:
         # Only now are the Session's connections back in their pools, and the calls may need them.
         if self._is_durable:
             self._is_durable = False
-            self.make()
+            self.note_durable()
+            if not self.is_held:
+                self.make()
         elif not self.is_end_of_reading:
             self._waiting.clear()
 
