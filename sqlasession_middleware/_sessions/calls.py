@@ -84,8 +84,8 @@ class Calls:
 
     def note_durable(self) -> None:
         """Have nothing wait any more: what it has waited for is durable."""
-        self._due += self._waiting
-        self._waiting = []
+        waiting, self._waiting = self._waiting, []
+        self._due += waiting
 
     def _hear_commits(self, session: Session) -> None:
         if not self._hears_commits:
