@@ -303,6 +303,17 @@ def test_a_call_after_the_commit_may_use_what_its_request_has(
     assert made.names() == ["Ada", "of the call"]
 
 
+def test_a_call_after_the_commit_of_a_script_may_use_its_session(site: Callable[..., Site]) -> None:
+    called: list[Any] = []
+    made = site(tm__manager_hook="pyramid_tm.explicit_manager")
+    with made.app.registry["sqlasession_middleware"].context(), prepare(registry=made.app.registry) as env:
+        request = env["request"]
+        with request.tm:
+            request.dbsession.add(Guest(name="Ada"))
+            after_commit(lambda: called.extend(request.dbsession.scalars(select(Guest.name))))
+    assert called == ["Ada"]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_the_view_has_committed_is_followed_by_its_calls(site: Callable[..., Site], fails: bool) -> None:
     called: list[str] = []
