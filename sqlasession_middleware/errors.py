@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
+from functools import partial
 
 __all__ = [
     "BreakerOpenError",
@@ -113,6 +114,13 @@ def shown(value: object) -> str:
     text = repr(value)
     # An Engine or an application has a URL in its repr() as well, but without the password.
     return "a URL" if isinstance(value, Collection) and "://" in text else text
+
+
+def named(call: object) -> str:
+    """Return how the log names a function. The arguments of a partial are not shown: one may be a password."""
+    while isinstance(call, partial):
+        call = call.func
+    return getattr(call, "__qualname__", None) or type(call).__qualname__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -18,9 +18,10 @@ from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from sqlalchemy import Engine, MetaData, inspect
+from sqlalchemy import Engine, MetaData
 from sqlalchemy.engine import URL
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, object_session, scoped_session
+from sqlalchemy.orm.exc import UnmappedInstanceError
 
 from ._database.binds import DEFAULT, read_binds
 from ._database.cookie import ReadYourWritesCookie
@@ -60,7 +61,7 @@ from ._settings.ini import ini_names, ini_place, read_settings
 from ._transaction.job import run_job
 from ._wsgi.file_wrapper import call_with_file_wrapper
 from .capacity import Capacity
-from .errors import ConfigurationError, shown
+from .errors import ConfigurationError, named, shown
 from .leaks import note_checkouts, reporting
 from .transaction import TransactionMiddleware, after_commit
 from .unavailable import UnavailableMiddleware
@@ -369,7 +370,7 @@ class SQLASessionMiddleware:
         if not callable(call):
             raise TypeError(f"background() needs a function, got {shown(call)}.")
         for each in arguments:
-            if (state := inspect(each, raiseerr=False)) is not None and getattr(state, "session", None) is not None:
+            if isinstance(each, Session | scoped_session) or _is_in_session(each):
                 raise TypeError(
                     f"background() cannot take {type(each).__name__}, which belongs to a Session that another thread"
                     " must not use: pass its key."
@@ -377,9 +378,9 @@ class SQLASessionMiddleware:
         job = partial(self.run, call, *arguments)
         scope = current.get(None)
         if isinstance(scope, Scope) and scope.state is not ENDED and scope.owner is self:
-            after_commit(partial(self._background.submit, job))
+            after_commit(partial(self._background.submit, job, named(call)))
         else:
-            self._background.submit(job)
+            self._background.submit(job, named(call))
 
     @property
     def engine(self) -> Engine:
@@ -490,6 +491,13 @@ class SQLASessionMiddleware:
 def _no_application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     problem = "is missing: without_app() made this for scripts. Pass the WSGI application to SQLASessionMiddleware."
     raise ConfigurationError("app", problem)
+
+
+def _is_in_session(argument: object) -> bool:
+    try:
+        return object_session(argument) is not None
+    except UnmappedInstanceError:
+        return False
 
 
 def _finish_and_reset(scope: Scope, token: Token[dict[str, Any]], error: BaseException | None = None) -> None:

@@ -23,6 +23,7 @@ from sqlalchemy.util import immutabledict
 
 from ._database.observers import commits_each_statement
 from ._database.read_only import read_only_engines
+from ._lifecycle.background import BackgroundThreads, call_logged
 from ._recording.listeners import recorded
 from ._recording.repeats import find_repeats
 from ._scope.scope import running_scope
@@ -43,7 +44,9 @@ def isolated(*applications: SQLASessionMiddleware) -> Iterator[None]:
     isolated. The isolation level is that of the engine, and two-phase commit is off.
 
     All sessions of an engine share one connection. They may end in any order, and none undoes the commits of another,
-    but only one of them at a time can have uncommitted changes. Give a server under test a single thread.
+    but only one of them at a time can have uncommitted changes. Give a server under test a single thread. What the
+    application gives to :meth:`~sqlasession_middleware.SQLASessionMiddleware.background` is called at once, in the same
+    thread.
 
     Blocks may be nested: the inner one rolls back its own changes and keeps those of the outer one.
 
@@ -54,9 +57,19 @@ def isolated(*applications: SQLASessionMiddleware) -> Iterator[None]:
     with ExitStack() as stack:
         isolation = _Isolation(stack)
         for application in applications:
+            application._background.wait()
+            stack.callback(setattr, application, "_background", application._background)
+            application._background = _AtOnce()
             stack.callback(_restore, application, vars(application).get("new_session"))
             vars(application)["new_session"] = _IsolatedSessionMaker(application, isolation)
         yield
+
+
+class _AtOnce(BackgroundThreads):
+    """Makes the calls in the background at once: a thread would need the connection, or come after the isolation."""
+
+    def submit(self, call: Callable[[], object], name: str) -> None:
+        call_logged(call, name)
 
 
 class _IsolatedSession(Session):

@@ -16,15 +16,16 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._database.observers import observe_commits, observe_failures
 from ._scope.deadline import remaining
 from ._scope.protocols import ManagedTransaction
 from ._scope.scope import Scope, running_scope
-from ._sessions.calls import calls_of
+from ._sessions.calls import calls_of, find_calls, refuse_unfinished
 from ._sessions.registry import current_scope, open_session
-from ._sessions.release import release
+from ._sessions.release import end_reading, release, uncommitted
 from ._settings.checks import check_application, check_bytes, check_count, check_seconds, resolve_option
 from ._transaction.attempt import Again, Attempt, CommitFailed, CommitVeto
 from ._transaction.websocket import serve_websocket
@@ -102,8 +103,20 @@ def after_commit(call: Call) -> Call:
     if scope.transaction is not None:
         scope.transaction.has_calls = True
     session = open_session(scope)
-    calls_of(session, open_context).add(session, call)
+    calls_of(session, partial(_call_in, open_context)).add(session, call)
     return call
+
+
+def _call_in(open_context: Callable[[], Any], call: Callable[[], object]) -> None:
+    """Make a call after the commit, in a context of its own."""
+    with open_context():
+        refuse_unfinished("after_commit", call, call())
+        scope = current_scope()
+        calls = None if scope.session is None else find_calls(scope.session)
+        # What it has given to after_commit() follows the same commit, unless it has left work of its own undone.
+        if calls is not None and end_reading(scope) and not uncommitted(open_session(scope)):
+            calls.note_durable()
+            calls.make()
 
 
 def _managed_transaction(function: str) -> ManagedTransaction:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -139,6 +142,23 @@ def close_itself(world: World) -> None:
     write()
 
 
+def roll_back_before_any_sql(world: World) -> None:
+    world.later("a")
+    session.rollback()
+    world.later("b")
+
+
+def give_in_a_listener_of_the_commit(world: World) -> None:
+    write()
+    event.listen(session(), "after_commit", lambda session: world.later("a"))
+
+
+def give_another_in_a_listener_of_the_commit(world: World) -> None:
+    world.later("a")
+    event.listen(session(), "after_commit", lambda session: world.later("b"))
+    write()
+
+
 def release_savepoint(world: World) -> None:
     world.later("a")
     with session.begin_nested():
@@ -182,6 +202,9 @@ STORIES: dict[Callable[[World], None], list[tuple[str, int]]] = {
     commit_itself: [("a", 1), ("b", 1)],
     roll_back_itself: [("b", 1)],
     close_itself: [("b", 1)],
+    roll_back_before_any_sql: [("b", 0)],
+    give_in_a_listener_of_the_commit: [("a", 1)],
+    give_another_in_a_listener_of_the_commit: [("a", 1), ("b", 1)],
     release_savepoint: [("a", 1), ("b", 1)],
     roll_back_after_a_savepoint: [("b", 1)],
     roll_back_savepoints: [("a", 1), ("b", 1)],
@@ -356,6 +379,105 @@ def test_call_has_a_scope_of_its_own_and_commits_by_itself(make: Any) -> None:
     assert own is not outer
     assert in_call == 2
     assert rows(world) == 2
+
+
+def leave_uncommitted() -> None:
+    write()
+
+
+def leave_unsaved() -> None:
+    session.add(Item())
+
+
+def fail_at_the_end() -> None:
+    raise RuntimeError
+
+
+INSIDE: dict[Callable[[], object], bool] = {
+    lambda: None: True,
+    count: True,
+    lambda: (write(), session.commit()): True,
+    leave_uncommitted: False,
+    leave_unsaved: False,
+    fail_at_the_end: False,
+}
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("way", ["after_commit", "background"])
+def test_what_a_call_gives_follows_it_unless_it_leaves_work_undone(make: Any, inside: Any, way: str) -> None:
+    world = make("transaction")
+
+    def call() -> None:
+        if way == "after_commit":
+            world.later("inner")
+        else:
+            world.app.background(world.called.append, ("inner", 0))
+        inside()
+
+    world.work = lambda: (write(), after_commit(call))
+    assert world.ask() == 200
+    world.app.dispose()
+    assert world.names == (["inner"] if INSIDE[inside] else [])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_interruption_of_a_call_comes_after_the_others(make: Any, error: Any) -> None:
+    world = make("transaction")
+
+    def interrupt() -> None:
+        raise error
+
+    def work() -> None:
+        write()
+        after_commit(interrupt)
+        world.later("b")
+
+    world.work = work
+    with pytest.raises(error):
+        world.ask()
+    assert world.called == [("b", 1)]
+
+
+async def coroutine() -> None:
+    pass
+
+
+def generator() -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("function", [coroutine, generator])
+def test_call_that_has_not_done_its_work_is_logged(make: Any, function: Any, caplog: pytest.LogCaptureFixture) -> None:
+    world = make("transaction")
+    world.work = lambda: after_commit(partial(function))
+    assert world.ask() == 200
+    (record,) = caplog.records
+    assert record.getMessage() == f"A call after the commit failed: {function.__name__}"
+    assert "after_commit() needs a function that has done its work" in str(record.exc_info[1])  # type: ignore[index]
+
+
+def test_log_shows_no_arguments_of_a_call(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    world = make("transaction")
+    world.work = lambda: after_commit(partial(fail, "pa55word"))  # type: ignore[arg-type]
+    assert world.ask() == 200
+    assert "A call after the commit failed: fail" in caplog.text
+    assert "pa55word" not in caplog.text
+
+
+def test_session_that_a_call_refers_to_is_freed_with_its_request(make: Any) -> None:
+    world = make()
+    sessions: list[weakref.ref[Any]] = []
+
+    def work() -> None:
+        own = session()
+        sessions.append(weakref.ref(own))
+        after_commit(lambda: own)
+
+    world.work = work
+    assert world.ask() == 200
+    gc.collect()
+    assert sessions[0]() is None
 
 
 def test_call_belongs_to_the_innermost_scope(make: Any) -> None:

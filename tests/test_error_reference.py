@@ -316,6 +316,26 @@ def set_an_engine_first() -> None:
     SQLASessionMiddleware.from_config(nothing, config)
 
 
+@provokes("… and '…engine' are both set: remove one of them.")
+def set_an_engine_of_a_bind_first() -> None:
+    config = {
+        "sqlalchemy.url": "sqlite://",
+        "sqlalchemy.binds.audit.engine": f"{__name__}:ENGINE",
+        "sqlalchemy.binds.audit.url": "sqlite://",
+    }
+    SQLASessionMiddleware.from_config(nothing, config)
+
+
+@provokes("… and '…url' are both set: remove one of them.")
+def set_the_url_of_a_bind_first() -> None:
+    config = {
+        "sqlalchemy.url": "sqlite://",
+        "sqlalchemy.binds.audit.url": "sqlite://",
+        "sqlalchemy.binds.audit.engine": f"{__name__}:ENGINE",
+    }
+    SQLASessionMiddleware.from_config(nothing, config)
+
+
 @provokes("… is missing: without_app() made this for scripts. …")
 def call_what_wraps_nothing() -> None:
     consume(SQLASessionMiddleware.without_app("sqlite://")(environ(), start_response))

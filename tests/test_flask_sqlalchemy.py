@@ -24,13 +24,13 @@ from flask.sessions import SecureCookieSessionInterface
 from flask_sqlalchemy.record_queries import get_recorded_queries
 from flask_sqlalchemy.session import Session as TheirSession
 from flask_sqlalchemy.track_modifications import models_committed
-from sqlalchemy import Engine, String, create_engine, event, insert, select, text
+from sqlalchemy import Engine, String, create_engine, delete, event, insert, select, text
 from sqlalchemy.exc import IntegrityError, UnboundExecutionError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool, StaticPool
 
 import sqlasession_middleware
-from sqlasession_middleware import SQLASessionMiddleware
+from sqlasession_middleware import SQLASessionMiddleware, after_commit
 from sqlasession_middleware._database.pool import ObservedPool
 from sqlasession_middleware._flask.middleware import FlaskMiddleware
 from sqlasession_middleware._flask.settings import KEYS
@@ -621,6 +621,75 @@ def test_what_an_error_handler_writes_is_committed_with_a_success(
 
     assert committing.ask(lambda: str(committing.add("Taken"))).status_code == status
     assert committing.stored() == stored
+
+
+@pytest.mark.parametrize(("status", "called"), [(200, ["handler"]), (409, [])])
+def test_call_that_an_error_handler_gives_follows_its_success(committing: Site, status: int, called: Any) -> None:
+    calls: list[str] = []
+
+    @committing.app.errorhandler(IntegrityError)
+    def handle(error: IntegrityError) -> Any:
+        after_commit(lambda: calls.append("handler"))
+        return "handled", status
+
+    def view() -> str:
+        after_commit(lambda: calls.append("view"))
+        committing.add("Taken")
+        return "done"
+
+    assert committing.ask(view).status_code == status
+    assert calls == called
+
+
+# -- Jobs
+
+
+def add_here(site: Site) -> None:
+    site.add(flask.current_app.name)
+
+
+def add_in_a_context(site: Site) -> None:
+    with site.app.app_context():
+        site.add(flask.current_app.name)
+
+
+@pytest.mark.parametrize("job", [add_here, add_in_a_context])
+@pytest.mark.parametrize("transaction", [False, True])
+def test_job_has_an_application_context_and_commits(
+    file_site: Site, job: Callable[[Site], None], transaction: bool
+) -> None:
+    site = Site({"SQLALCHEMY_DATABASE_URI": file_site.app.config["SQLALCHEMY_DATABASE_URI"]}, transaction=transaction)
+    site.create()
+
+    def stored() -> list[str]:
+        with site.app.app_context():
+            found = site.names()
+            site.db.session.execute(delete(site.Guest))
+            site.db.session.commit()
+        return found
+
+    ways: list[Callable[[], Any]] = [
+        lambda: site.middleware.run(job, site),
+        lambda: in_context(site, lambda: site.db.middleware.run(job, site)),
+        lambda: site.ask(lambda: str(site.db.middleware.run(job, site))),
+        lambda: in_context(site, lambda: (site.db.middleware.background(job, site), site.db.session.commit())),
+    ]
+    for way in ways:
+        way()
+        site.middleware.dispose()
+        assert stored() == ["guests"]
+    assert not flask.has_app_context()
+
+
+def in_context(site: Site, call: Callable[[], object]) -> None:
+    with site.app.app_context():
+        call()
+
+
+def test_job_in_a_context_shares_its_g(site: Site) -> None:
+    with site.app.app_context():
+        g.mark = "kept"
+        assert site.db.middleware.run(lambda: g.mark) == "kept"
 
 
 def test_error_handler_whose_own_commit_fails_is_answered_by_the_handler_of_500(committing: Site) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import event, func, select, update
+from sqlalchemy import create_engine, event, func, select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
@@ -22,6 +22,7 @@ from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, after_commit, doom, has_scope, local, repeat, session
 from sqlasession_middleware.errors import ConfigurationError, DeadlineError, ScopeError
+from sqlasession_middleware.testing import isolated
 
 from .wsgi import Environ, StartResponse
 
@@ -142,7 +143,7 @@ def test_run_repeats_what_may_not_recur(
     job = Conflicts(attempts - 1)
     assert app.run(job, attempts=given) == attempts
     assert numbers(app) == [attempts]
-    assert [record.getMessage().partition(" of <")[0] for record in caplog.records] == [
+    assert [record.getMessage().partition(" of Conflicts")[0] for record in caplog.records] == [
         f"Attempt {number} of {attempts}" for number in range(1, attempts)
     ]
     job = Conflicts(attempts)
@@ -392,6 +393,61 @@ def test_failure_in_the_background_is_logged(make: Any, caplog: pytest.LogCaptur
     assert "reason" in str(record.exc_info[1])
 
 
+def test_log_shows_no_arguments_of_a_job(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    app = make(transaction={"attempts": 2, **QUICK})
+
+    def fail(password: str) -> None:
+        raise StaleDataError
+
+    app.background(fail, "pa55word")
+    app.dispose()
+    repeated, failed = [record.getMessage() for record in caplog.records]
+    assert "Attempt 1 of 2 of test_log_shows_no_arguments_of_a_job.<locals>.fail failed" in repeated
+    assert "A call in the background failed: test_log_shows_no_arguments_of_a_job.<locals>.fail" in failed
+    assert "pa55word" not in caplog.text
+
+
+def test_call_in_the_background_of_an_isolated_application_is_made_at_once(make: Any) -> None:
+    app = make(transaction=True)
+    gate = Gate()
+    app.background(gate)
+    assert gate.begun.acquire(timeout=PATIENCE)
+    threading.Timer(0.1, gate.is_open.set).start()
+    with isolated(app):
+        assert gate.done == [None]  # What was begun before is not isolated, and is waited for.
+        assert ask(app, lambda: app.background(write, 5)) == 200
+        assert numbers(app) == [5]
+        with isolated(app):
+            app.background(write, 6)
+            assert numbers(app) == [5, 6]
+    assert numbers(app) == []
+    app.background(write, 7)
+    app.dispose()
+    assert numbers(app) == [7]
+
+
+def test_call_in_the_background_needs_a_thread(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = make(background={"threads": 2})
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't create"):
+        app.background(write, 1)
+    app.dispose()  # It waits for nothing.
+    monkeypatch.setattr(threading.Thread, "start", start)
+    gate = Gate()
+    app.background(gate)
+    assert gate.begun.acquire(timeout=PATIENCE)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    app.background(write, 2)  # There is one thread.
+    gate.is_open.set()
+    app.dispose()
+    assert numbers(app) == [2]
+
+
 def test_dispose_waits_so_many_seconds(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     app = make(background={"threads": 1, "seconds": 0.05})
     gate = Gate()
@@ -430,6 +486,11 @@ def test_arguments_that_another_thread_must_not_use_are_refused(make: Any) -> No
             app.background(print, item)
         app.background(print, Item(number=1))  # It belongs to none.
         app.background(print, Item)
+        for belonging in (session, session()):
+            with pytest.raises(TypeError, match="which belongs to a Session"):
+                app.background(print, belonging)
+        # It is not asked for a connection.
+        app.background(print, create_engine("postgresql+psycopg://127.0.0.1:1/nowhere"))
     with pytest.raises(TypeError, match=r"background\(\) needs a function, got 3"):
         app.background(3)
 

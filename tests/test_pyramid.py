@@ -22,7 +22,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from transaction.interfaces import NoTransaction, TransientError
 from webtest import TestApp as Browser  # Pytest would take it for a class of tests.
 
-from sqlasession_middleware import SQLASessionMiddleware, doom, session
+from sqlasession_middleware import SQLASessionMiddleware, after_commit, doom, session
 from sqlasession_middleware._database.observers import note_failure
 from sqlasession_middleware._pyramid.settings import read_options
 from sqlasession_middleware.errors import ConfigurationError
@@ -264,6 +264,73 @@ def test_commits_the_global_session_with_the_manager(site: Callable[..., Site]) 
     made = site(view)
     assert made.get() == 200
     assert made.names() == ["Ada"]
+
+
+def write_to_the_session(request: Any) -> None:
+    request.dbsession.add(Guest(name="of the call"))
+    request.dbsession.commit()
+
+
+def write_by_the_manager(request: Any) -> None:
+    with request.tm:
+        request.dbsession.add(Guest(name="of the call"))
+
+
+@pytest.mark.parametrize("write", [write_to_the_session, write_by_the_manager])
+@pytest.mark.parametrize("hook", ["", "pyramid_tm.explicit_manager"])
+@pytest.mark.parametrize("commits_itself", [False, True])
+def test_a_call_after_the_commit_may_use_what_its_request_has(
+    site: Callable[..., Site], write: Callable[[Any], None], hook: str, commits_itself: bool
+) -> None:
+    called: list[str] = []
+
+    def view(request: Any) -> Response:
+        def call() -> None:
+            called.append("call")
+            write(request)
+
+        request.tm.get().addAfterCommitHook(lambda committed: called.append("hook"))
+        request.dbsession.add(Guest(name="Ada"))
+        after_commit(call)
+        if commits_itself:
+            request.tm.commit()
+            request.tm.begin()
+        return Response("done")
+
+    made = site(view, tm__manager_hook=hook)
+    assert made.get() == 200
+    assert called == ["hook", "call"]
+    assert made.names() == ["Ada", "of the call"]
+
+
+def test_a_call_after_the_commit_of_a_script_may_use_its_session(site: Callable[..., Site]) -> None:
+    called: list[Any] = []
+    made = site(tm__manager_hook="pyramid_tm.explicit_manager")
+    with made.app.registry["sqlasession_middleware"].context(), prepare(registry=made.app.registry) as env:
+        request = env["request"]
+        with request.tm:
+            request.dbsession.add(Guest(name="Ada"))
+            after_commit(lambda: called.extend(request.dbsession.scalars(select(Guest.name))))
+    assert called == ["Ada"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_view_has_committed_is_followed_by_its_calls(site: Callable[..., Site], fails: bool) -> None:
+    called: list[str] = []
+
+    def view(request: Any) -> Response:
+        request.dbsession.add(Guest(name="Ada"))
+        after_commit(lambda: called.append("of the first"))
+        request.tm.commit()
+        request.tm.begin()
+        request.dbsession.add(Guest(name="Bea"))
+        after_commit(lambda: called.append("of the second"))
+        if fails:
+            raise ZeroDivisionError
+        return Response("done")
+
+    assert site(view).get() == ("ZeroDivisionError" if fails else 200)
+    assert called == (["of the first"] if fails else ["of the first", "of the second"])
 
 
 def test_savepoints_of_the_manager(site: Callable[..., Site]) -> None:

@@ -16,6 +16,7 @@ from flask.globals import request_ctx
 
 from .._dependencies import current_object
 from .._scope.scope import running_scope
+from .._sessions.calls import find_calls
 from .._settings.checks import resolve_option
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class CommitUnderFlask:
     def _commit(self, environ: WSGIEnvironment, response: Any) -> None:
         scope = running_scope()
         session = None if scope is None else scope.session
-        if session is None or not session.in_transaction():
+        if session is None or not (session.in_transaction() or find_calls(session)):
             return
         headers = response.get_wsgi_headers(environ).to_wsgi_list()
         veto: CommitVeto | None = resolve_option("commit_veto", self._veto)

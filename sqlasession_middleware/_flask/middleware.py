@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from flask import Flask, appcontext_pushed, has_app_context, request_finished
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 __all__ = ["EXTENSION", "FlaskMiddleware"]
+
+Result = TypeVar("Result")
 
 #: its name in ``app.extensions``
 EXTENSION = "sqlasession_middleware"
@@ -86,6 +88,13 @@ class FlaskMiddleware(SQLASessionMiddleware):
             self.enter()
         return super().__call__(environ, start_response)
 
+    def run(self, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """Call a function in a transaction, as the base class does, and in an application context."""
+        if has_app_context() and app_ctx.app is self.flask:
+            return super().run(call, *arguments, **options)
+        with self.flask.app_context():
+            return super().run(call, *arguments, **options)
+
     def enter(self) -> None:
         """Begin a scope for the current application context, unless it has one already, or belongs to a request."""
         context = current_object(app_ctx)
@@ -124,9 +133,9 @@ class FlaskMiddleware(SQLASessionMiddleware):
         return checking(partial(derive(base), **{"bind": bind, **self._session_options}))
 
     def _serves(self) -> bool:
-        """Whether the code that runs is that of a request to this application, and of no context inside of it."""
+        """Whether the code that runs is that of a request or job of this application, and of no context inside."""
         scope = running_scope()
-        return scope is not None and scope.owner is self and scope.environ is not None
+        return scope is not None and scope.owner is self and (scope.environ or scope.transaction) is not None
 
     def _note_push(self, sender: Flask, **more: Any) -> None:
         self.enter()

@@ -13,7 +13,7 @@ from weakref import WeakSet
 from .._database.forks import after_fork
 from .._settings.checks import check_count, check_seconds
 
-__all__ = ["BackgroundThreads"]
+__all__ = ["BackgroundThreads", "call_logged"]
 
 logger = logging.getLogger("sqlasession_middleware.background")
 
@@ -40,31 +40,38 @@ class BackgroundThreads:
 
     def _begin(self) -> None:
         self._changed = Condition()
-        self._waiting: deque[Callable[[], object]] = deque()
+        self._waiting: deque[tuple[Callable[[], object], str]] = deque()
         self._threads = 0
         #: how many threads are in a call
         self._busy = 0
 
-    def submit(self, call: Callable[[], object]) -> None:
-        """Have a function called in a thread. What it raises is logged."""
+    def submit(self, call: Callable[[], object], name: str) -> None:
+        """Have a function called in a thread. What it raises is logged.
+
+        :param name: how the log names it.
+        :raises RuntimeError: if there is no thread, and none can be started.
+        """
         with self._changed:
-            self._waiting.append(call)
+            self._waiting.append((call, name))
             self._changed.notify_all()
             if self._threads < min(self._most, self._busy + len(self._waiting)):
-                self._threads += 1
-                Thread(target=self._work, name="sqlasession-background", daemon=True).start()
+                try:
+                    Thread(target=self._work, name="sqlasession-background", daemon=True).start()
+                except RuntimeError:  # At the end of the process, or of its memory.
+                    if not self._threads:
+                        self._waiting.pop()
+                        raise
+                else:
+                    self._threads += 1
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 while not self._waiting:
                     self._changed.wait()
-                call = self._waiting.popleft()
+                call, name = self._waiting.popleft()
                 self._busy += 1
-            try:
-                Context().run(call)
-            except BaseException:
-                logger.exception("A call in the background failed: %r", call)
+            call_logged(call, name)
             del call
             with self._changed:
                 self._busy -= 1
@@ -78,6 +85,14 @@ class BackgroundThreads:
                     "The time of %g s for calls in the background is up: %d have not ended, %d have not begun",
                     *(self._seconds, self._busy, len(self._waiting)),
                 )
+
+
+def call_logged(call: Callable[[], object], name: str) -> None:
+    """Call a function in an empty context. What it raises is logged."""
+    try:
+        Context().run(call)
+    except BaseException:
+        logger.exception("A call in the background failed: %s", name)
 
 
 @after_fork

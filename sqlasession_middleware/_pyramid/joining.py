@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from .._database.attribution import failure_of
 from .._database.recovery import pending_failure
 from .._scope.scope import running_scope
+from .._sessions.calls import find_calls
 from .._transaction.request_transaction import RequestTransaction
 from ..failures import Failure, classify
 
@@ -105,8 +106,11 @@ class JoinedSession:
     # ISynchronizer
 
     def newTransaction(self, transaction: Transaction) -> None:  # noqa: N802  # the interface's name
-        """The application has begun a transaction, and may have used the Session before."""
-        if self.session.in_transaction():
+        """The application has begun a transaction, and may have used the Session before.
+
+        A new synchronizer also hears of the transaction that there is, which may be in its commit.
+        """
+        if self.session.in_transaction() and transaction.status in ("Active", "Doomed"):
             self._join(transaction)
 
     def beforeCompletion(self, transaction: Transaction) -> None:  # noqa: N802
@@ -134,6 +138,9 @@ class JoinedSession:
         if self._managed is None:
             self.session.commit()
         else:
+            calls = find_calls(self.session)
+            if calls is not None:
+                calls.is_held = True  # They may begin a transaction of the manager, which has this one until its end.
             self._managed.commit()
 
     def tpc_finish(self, transaction: Transaction) -> None:

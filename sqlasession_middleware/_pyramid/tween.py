@@ -18,6 +18,7 @@ from transaction.interfaces import NoTransaction
 from .._database.attribution import failure_of
 from .._database.recovery import pending_failure
 from .._scope.scope import running_scope
+from .._sessions.calls import find_calls
 from .._transaction.request_transaction import RequestTransaction
 from ..failures import Failure
 from .joining import CHARGE, REPEATABLE, Charge
@@ -141,7 +142,11 @@ class _Turn:
 
     def _end(self) -> None:
         scope = running_scope()
-        self.charge.end(None if scope is None else scope.session)
+        session = None if scope is None else scope.session
+        self.charge.end(session)
+        calls = None if session is None else find_calls(session)
+        if calls is not None:
+            calls.make()
 
     def _finish(self, finisher: Callable[[], None], response: Any) -> Any:
         """End the transaction.

@@ -5,20 +5,25 @@ The events of the Session tell what becomes of it. A Session that nothing waits 
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.session import SessionTransactionState
 
-__all__ = ["Calls", "calls_of", "waiting"]
+from .._dependencies import state_of_transaction
+from ..errors import named
+
+__all__ = ["Calls", "calls_of", "find_calls", "refuse_unfinished"]
 
 logger = logging.getLogger("sqlasession_middleware.after_commit")
 
-#: By the Session that they wait for.
-waiting: WeakKeyDictionary[Session, Calls] = WeakKeyDictionary()
+# Only the listeners of a Session keep its Calls alive: what waits may refer to the Session, which would never be freed.
+_by_session: WeakKeyDictionary[Session, ref[Calls]] = WeakKeyDictionary()
 
 
 class _Call(NamedTuple):
@@ -31,26 +36,61 @@ class Calls:
     """What waits for the next commit of one Session.
 
     :param session: the Session.
-    :param open_context: opens the context manager in which each call runs.
+    :param run: makes a call, in a context of its own.
     """
 
-    def __init__(self, session: Session, open_context: Callable[[], Any]) -> None:
-        self._open_context = open_context
+    def __init__(self, session: Session, run: Callable[[Callable[[], object]], object]) -> None:
+        self._run = run
         self._waiting: list[_Call] = []
+        #: what follows a commit that has taken place
+        self._due: list[_Call] = []
         self._is_durable = False
+        #: set until what has committed the Session is done with its other work: :meth:`make` is called then
+        self.is_held = False
         #: set while a transaction is ended that has only read: nothing is undone by that
         self.is_end_of_reading = False
-        event.listen(session, "after_commit", self._note_commit)
+        self._hears_commits = False
         event.listen(session, "after_soft_rollback", self._note_rollback)
         event.listen(session, "after_transaction_end", self._note_end)
 
     def add(self, session: Session, call: Callable[[], object]) -> None:
         """Have a call wait."""
+        root = session.get_transaction()
+        if root is not None and state_of_transaction(root) is SessionTransactionState.COMMITTED:
+            # A listener of the same event has added it, and SQLAlchemy takes no other one in that time.
+            self._is_durable = True
+        else:
+            self._hear_commits(session)
         self._waiting.append(_Call(call, session.get_nested_transaction() or session.get_transaction()))
 
     def forget(self) -> None:
         """Forget what waits: it will not become durable."""
         self._waiting.clear()
+
+    def make(self) -> None:
+        """Make the calls whose commit has taken place."""
+        self.is_held = False
+        due, self._due = self._due, []
+        fatal = None
+        for each in due:
+            try:
+                self._run(each.call)
+            except BaseException as failure:
+                logger.exception("A call after the commit failed: %s", named(each.call))
+                if not isinstance(failure, Exception):
+                    fatal = failure
+        if fatal is not None:
+            raise fatal
+
+    def note_durable(self) -> None:
+        """Have nothing wait any more: what it has waited for is durable."""
+        waiting, self._waiting = self._waiting, []
+        self._due += waiting
+
+    def _hear_commits(self, session: Session) -> None:
+        if not self._hears_commits:
+            self._hears_commits = True
+            event.listen(session, "after_commit", self._note_commit)
 
     def _note_commit(self, session: Session) -> None:
         # The release of a savepoint commits nothing.
@@ -65,26 +105,41 @@ class Calls:
         # Only now are the Session's connections back in their pools, and the calls may need them.
         if self._is_durable:
             self._is_durable = False
-            durable, self._waiting = self._waiting, []
-            for each in durable:
-                self._run(each.call)
+            self.note_durable()
+            if not self.is_held:
+                self.make()
         elif not self.is_end_of_reading:
             self._waiting.clear()
 
-    def _run(self, call: Callable[[], object]) -> None:
-        try:
-            with self._open_context():
-                call()
-        except Exception:
-            logger.exception("A call after the commit failed: %r", call)
 
-
-def calls_of(session: Session, open_context: Callable[[], Any]) -> Calls:
-    """What waits for a Session."""
-    calls = waiting.get(session)
+def calls_of(session: Session, run: Callable[[Callable[[], object]], object]) -> Calls:
+    """What waits for a Session; new, with ``run``, if nothing has waited for it yet."""
+    calls = find_calls(session)
     if calls is None:
-        calls = waiting[session] = Calls(session, open_context)
+        calls = Calls(session, run)
+        _by_session[session] = ref(calls)
     return calls
+
+
+def find_calls(session: Session) -> Calls | None:
+    """What waits for a Session; None if nothing has waited for it yet."""
+    found = _by_session.get(session) if _by_session else None
+    return None if found is None else found()
+
+
+def refuse_unfinished(function: str, call: object, result: object) -> None:
+    """Refuse what a function has returned if its work is still to be done.
+
+    :param function: what it was given to.
+    :raises TypeError: if the result is a generator or a coroutine.
+    """
+    if inspect.isgenerator(result) or inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()  # Python would warn that it was never awaited.
+        raise TypeError(
+            f"{function}() needs a function that has done its work when it returns, and {named(call)} returns"
+            f" {type(result).__name__}: call it in a function that uses up what it returns."
+        )
 
 
 def _is_inside(transaction: SessionTransaction | None, outer: SessionTransaction) -> bool:

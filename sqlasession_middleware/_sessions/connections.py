@@ -11,7 +11,7 @@ from sqlalchemy.orm.session import SessionTransactionState
 
 from .._dependencies import TRANSACTION, connections_of, disown, open_connections_of, state_of_transaction
 from .._scope.scope import Scope
-from .calls import waiting
+from .calls import find_calls
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -80,7 +80,7 @@ def close_transaction(transaction: SessionTransaction) -> None:
 
     :param transaction: one that has only read: what waits for its commit goes on waiting.
     """
-    calls = waiting.get(transaction.session) if waiting else None
+    calls = find_calls(transaction.session)
     if calls is not None:
         calls.is_end_of_reading = True
     try:

@@ -19,6 +19,7 @@ from .._database.reads import note_handed_out
 from .._drivers.registry import driver_by_dialect
 from .._scope.scope import Scope, current
 from ..errors import TransactionAborted
+from .calls import find_calls
 from .connections import open_connections
 from .templates import refuse_bulk_save, refuse_merge
 
@@ -54,6 +55,15 @@ class RequestSession(Session):
                 self.__joins = True
                 event.listen(self, "after_begin", _join_savepoint)
         return super().begin(nested)
+
+    def rollback(self) -> None:
+        """Roll back, as SQLAlchemy does. What waits for the commit is forgotten, too."""
+        try:
+            super().rollback()
+        finally:
+            # No event tells of a transaction that has not begun.
+            if not self.in_transaction() and (calls := find_calls(self)) is not None:
+                calls.forget()
 
     def connection(
         self, bind_arguments: Mapping[str, Any] | None = None, execution_options: Mapping[str, Any] | None = None

@@ -89,9 +89,14 @@ def _read_bind(section: _Section, entry: _Entry) -> None:
             entry.setting, f"must be {section.prefix}binds.NAME.url or binds.NAME.OPTION, with an engine option."
         )
     bind = section.arguments.setdefault("binds", {}).setdefault(name, {})
+    prefix = f"{section.prefix}binds.{name}."
     if option == "url":
+        if "url" in bind:
+            raise ConfigurationError(entry.setting, f"and '{prefix}engine' are both set: remove one of them.")
         bind["url"] = _from_folder(entry.value, section.folder)
     elif option == "engine":
+        if "url" in bind:
+            raise ConfigurationError(entry.setting, f"and '{prefix}url' are both set: remove one of them.")
         bind["url"] = _find_engine(entry.setting, entry.value)
     else:
         _read_engine_option_into(bind, option, entry)

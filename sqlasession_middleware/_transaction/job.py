@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from .._database.attribution import failure_of
 from .._database.observers import observe_commits, observe_failures
 from .._database.recovery import pending_failure
 from .._scope.scope import Scope
+from .._sessions.calls import refuse_unfinished
 from .._sessions.routed_scope import note_unknown_commit
-from ..errors import shown
+from ..errors import named
 from ..failures import Failure
 from .attempt import Again
 from .request_transaction import RequestTransaction
@@ -51,8 +51,8 @@ def run_job(policy: Policy, scope: Scope, call: Callable[[], Result], attempts: 
         except Again as again:
             wait = policy.backoff(number)
             logger.warning(
-                "Attempt %d of %d of %r failed and will be repeated in %.3f s: %r",
-                *(number, attempts, call, wait, again.cause),
+                "Attempt %d of %d of %s failed and will be repeated in %.3f s: %r",
+                *(number, attempts, named(call), wait, again.cause),
                 exc_info=again.cause,
             )
         scope.clear()
@@ -66,7 +66,7 @@ def _attempt(policy: Policy, scope: Scope, call: Callable[[], Result], may_repea
     transaction = scope.transaction = RequestTransaction(scope, may_repeat)
     try:
         result = call()
-        _refuse_unfinished(call, result)
+        refuse_unfinished("run", call, result)
         if transaction.repeat_for is not None:
             _try_again(policy, transaction, None, transaction.repeat_for)
         transaction.conclude()
@@ -92,11 +92,3 @@ def _try_again(policy: Policy, transaction: RequestTransaction, failure: Failure
         transaction.abort()
         transaction.remove_session()
         raise Again(reason, failure)
-
-
-def _refuse_unfinished(call: Any, result: object) -> None:
-    if inspect.isgenerator(result) or inspect.isawaitable(result):
-        raise TypeError(
-            f"run() needs a function that has done its work when it returns, and {shown(call)} returns"
-            f" {type(result).__name__}: call it in a function that uses up what it returns."
-        )

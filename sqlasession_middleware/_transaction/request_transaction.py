@@ -9,7 +9,6 @@ from .._database.read_only import read_only_engines
 from .._drivers.registry import driver_by_dialect
 from .._scope.deadline import remaining
 from .._scope.scope import Scope
-from .._sessions.calls import waiting
 from .._sessions.connections import open_connections, remove_session
 from .._sessions.release import end_known_reading, held_connections
 from ..failures import Failure
@@ -122,8 +121,6 @@ class RequestTransaction:
             except Exception:
                 logger.exception("A transaction could not be rolled back: its session is closed")
                 self.remove_session()
-            if self.has_calls and session in waiting:
-                waiting[session].forget()  # No event tells of a transaction that has not begun.
 
     def abort(self, failure: Failure | None = None) -> None:
         """Roll back and conclude the transaction.
