@@ -23,6 +23,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from ._database.binds import DEFAULT, read_binds
+from ._database.comments import SQLComments, comment_on
 from ._database.cookie import ReadYourWritesCookie
 from ._database.deadlines import limit_nested, limit_waits
 from ._database.engines import EngineSource, source_of
@@ -113,6 +114,8 @@ class SQLASessionMiddleware:
         callable of environ that decides whether to, or its dotted name. See :doc:`observing`.
     :param slow_requests: log each request that took longer than ``seconds`` (1) or sent more than ``queries`` (100): a
         dict of these. See :doc:`observing`.
+    :param sql_comments: add a comment to each statement that tells which application and route have sent it: a dict of
+        what it tells. See :doc:`observing`.
     :raises ConfigurationError: if a setting is wrong. The database is not contacted to find that out.
     """
 
@@ -120,6 +123,8 @@ class SQLASessionMiddleware:
     routing: Routing | None = None
     #: Set by an UnavailableMiddleware inside: whether it answers a failure of the database.
     answers_503: Callable[[WSGIEnvironment, Failure | None], bool] | None = None
+    #: What comments of statements tell; None if they have none.
+    sql_comments: SQLComments | None = None
     #: The class of the scopes of requests.
     _new_scope: type[Scope] = Scope
     #: The class of the scopes of :meth:`context`.
@@ -147,6 +152,7 @@ class SQLASessionMiddleware:
         background: Mapping[str, Any] | None = None,
         server_timing: bool | Callable[[WSGIEnvironment], object] | str = False,
         slow_requests: Mapping[str, Any] | None = None,
+        sql_comments: Mapping[str, Any] | None = None,
     ) -> None:
         check_application(app)
         self.app = app
@@ -171,6 +177,8 @@ class SQLASessionMiddleware:
         for source in self._sources():
             if lazy_begin or (lazy_begin is None and not source.given):
                 source.on_creation(begin_lazily)
+        if sql_comments is not None:
+            self._comment_statements(sql_comments)
         self._background = make_with_options("background", BackgroundThreads, background)
         # UnavailableMiddleware is outermost: it answers a failure only after the last attempt of a transaction.
         app = wrap("transaction", TransactionMiddleware, app, transaction)
@@ -197,6 +205,11 @@ class SQLASessionMiddleware:
         self._new_scope, self.context_scope = reporting(self._new_scope), reporting(self.context_scope)
         for source in self._sources():
             source.on_creation(note_checkouts)
+
+    def _comment_statements(self, sql_comments: Any) -> None:
+        self.sql_comments = make_with_options("sql_comments", SQLComments, sql_comments)
+        for source in self._sources():
+            source.on_creation(partial(comment_on, comments=self.sql_comments))
 
     def _record_requests(self, server_timing: Any, slow_requests: Any) -> None:
         from ._recording.listeners import record_engine

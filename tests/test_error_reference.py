@@ -175,6 +175,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "… must be a WSGI application, a callable, got …": REFUSED["app"][0],
     "… must be true, false or a dict of options, got …": {"transaction": "yes"},
     "… must be a dict of options, got …": {"background": 3},
+    "… must be a text, or none, got …": {"sql_comments": {"application": 3}},
     "… must be a MetaData, such as a declarative Base.metadata, or several, got …": REFUSED["metadata"][0],
     "… must be a subclass of Session, got …": REFUSED["session class"][0],
     "… are not accepted by Session: …": REFUSED["session value"][0],
@@ -578,6 +579,12 @@ def fail_in_the_background(make: Any) -> None:
 @provokes("Slow: … …: … after … s; …")
 def take_long(make: Any) -> None:
     call(make(slow_requests={"seconds": 0}))
+
+
+@provokes("With 'traceparent' no text is sent twice, but psycopg prepares those that are sent often: …")
+def prepare_what_is_sent_once(make: Any, postgresql_url: str) -> None:
+    with make(bind=postgresql_url, sql_comments={"traceparent": True}).context():
+        session.execute(text("SELECT 1"))
 
 
 @provokes("The time of … s for calls in the background is up: …")
