@@ -123,6 +123,8 @@ class SQLASessionMiddleware:
     routing: Routing | None = None
     #: Set by an UnavailableMiddleware inside: whether it answers a failure of the database.
     answers_503: Callable[[WSGIEnvironment, Failure | None], bool] | None = None
+    #: Called with the reason of each 503 that an UnavailableMiddleware answers with: see :mod:`.metrics`.
+    note_503: Callable[[str], None] | None = None
     #: What comments of statements tell; None if they have none.
     sql_comments: SQLComments | None = None
     #: The class of the scopes of requests.
@@ -212,17 +214,28 @@ class SQLASessionMiddleware:
             source.on_creation(partial(comment_on, comments=self.sql_comments))
 
     def _record_requests(self, server_timing: Any, slow_requests: Any) -> None:
-        from ._recording.listeners import record_engine
-        from ._recording.requests import SlowRequests, logging_slow, with_record
+        from ._recording.requests import SlowRequests, logging_slow
 
         if server_timing is not True:
             server_timing = resolve_option("server_timing", server_timing or None)
-        self._inner = with_record(self._inner, server_timing)
         if slow_requests is not None:
             #: what makes a request a slow one
             self.slow_requests = make_with_options("slow_requests", SlowRequests, slow_requests)
-            self._new_scope = logging_slow(self._new_scope)
-        for name, source in self._named_sources().items():
+        self.record_requests(None if slow_requests is None else logging_slow, server_timing)
+
+    def record_requests(self, reading: Callable[[type[Scope]], type[Scope]] | None, server_timing: Any = None) -> None:
+        """Have each request recorded.
+
+        :param reading: makes the class of the scopes of requests one that reads the record at their end.
+        :param server_timing: whether the response tells of it.
+        """
+        from ._recording.listeners import record_engine
+        from ._recording.requests import with_record
+
+        self._inner = with_record(self._inner, server_timing)
+        if reading is not None:
+            self._new_scope = reading(self._new_scope)
+        for name, source in self.named_sources().items():
             source.on_creation(partial(record_engine, name=name))
 
     def _limit_requests(self, deadline: Any) -> None:
@@ -236,9 +249,10 @@ class SQLASessionMiddleware:
             source.on_creation(limit_waits)
 
     def _sources(self) -> list[EngineSource]:
-        return list(self._named_sources().values())
+        return list(self.named_sources().values())
 
-    def _named_sources(self) -> dict[str, EngineSource]:
+    def named_sources(self) -> dict[str, EngineSource]:
+        """What the engines are made of, by their names."""
         return {DEFAULT: self._source, **({} if self.routing is None else self.routing.sources())}
 
     @classmethod

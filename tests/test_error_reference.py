@@ -23,6 +23,7 @@ import pytest
 from click.testing import Result
 from docutils import nodes
 from flask import Flask
+from opentelemetry.sdk.metrics import MeterProvider
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.tweens import EXCVIEW
@@ -30,7 +31,16 @@ from sqlalchemy import MetaData, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqlasession_middleware import SQLASessionMiddleware, after_commit, application, doom, local, local_manager, session
+from sqlasession_middleware import (
+    SQLASessionMiddleware,
+    after_commit,
+    application,
+    doom,
+    local,
+    local_manager,
+    metrics,
+    session,
+)
 from sqlasession_middleware._database.breaker import breaker_of
 from sqlasession_middleware._pyramid.settings import read_options
 from sqlasession_middleware._settings import kinds
@@ -574,6 +584,13 @@ def fail_in_the_background(make: Any) -> None:
     app = make()
     app.background(fail)
     app.dispose()
+
+
+@provokes("… is observed already: call observe() once for each application.")
+def observe_twice(make: Any) -> None:
+    app = make()
+    metrics.observe(app, MeterProvider())
+    metrics.observe(app, MeterProvider())
 
 
 @provokes("Slow: … …: … after … s; …")
