@@ -54,7 +54,7 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
     on.
 
     :param app: the Flask application, or None if :meth:`init_app` follows.
-    :param transaction: and all others up to ``slow_requests``: the options of
+    :param transaction: and all others up to ``sql_comments``: the options of
         :class:`~sqlasession_middleware.SQLASessionMiddleware`.
     :param theirs: the parameters of Flask-SQLAlchemy's class.
     :raises ConfigurationError: if an option is wrong, now or in :meth:`init_app`. The database is not contacted.
@@ -81,6 +81,7 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
         background: Mapping[str, Any] | None = None,
         server_timing: bool | Callable[[WSGIEnvironment], object] | str = False,
         slow_requests: Mapping[str, Any] | None = None,
+        sql_comments: Mapping[str, Any] | None = None,
         **theirs: Any,
     ) -> None:
         self._options = {
@@ -97,6 +98,7 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
             "background": background,
             "server_timing": server_timing,
             "slow_requests": slow_requests,
+            "sql_comments": sql_comments,
         }
         #: the sources of the engines that init_app() is making, and the options of the default one
         self._making: dict[str | None, EngineSource] = {}

@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session, object_session, scoped_session
 from sqlalchemy.orm.exc import UnmappedInstanceError
 
 from ._database.binds import DEFAULT, read_binds
+from ._database.comments import SQLComments, comment_on
 from ._database.cookie import ReadYourWritesCookie
 from ._database.deadlines import limit_nested, limit_waits
 from ._database.engines import EngineSource, source_of
@@ -114,6 +115,8 @@ class SQLASessionMiddleware:
         callable of environ that decides whether to, or its dotted name. See :doc:`observing`.
     :param slow_requests: log each request that took longer than ``seconds`` (1) or sent more than ``queries`` (100): a
         dict of these. See :doc:`observing`.
+    :param sql_comments: add a comment to each statement that tells which application and route have sent it: a dict of
+        what it tells. See :doc:`observing`.
     :raises ConfigurationError: if a setting is wrong. The database is not contacted to find that out.
     """
 
@@ -121,6 +124,10 @@ class SQLASessionMiddleware:
     routing: Routing | None = None
     #: Set by an UnavailableMiddleware inside: whether it answers a failure of the database.
     answers_503: Callable[[WSGIEnvironment, Failure | None], bool] | None = None
+    #: Called with the reason of each 503 that an UnavailableMiddleware answers with: see :mod:`.metrics`.
+    note_503: Callable[[str], None] | None = None
+    #: What comments of statements tell; None if they have none.
+    sql_comments: SQLComments | None = None
     #: The class of the scopes of requests.
     _new_scope: type[Scope] = Scope
     #: The class of the scopes of :meth:`context`.
@@ -148,6 +155,7 @@ class SQLASessionMiddleware:
         background: Mapping[str, Any] | None = None,
         server_timing: bool | Callable[[WSGIEnvironment], object] | str = False,
         slow_requests: Mapping[str, Any] | None = None,
+        sql_comments: Mapping[str, Any] | None = None,
     ) -> None:
         check_application(app)
         self.app = app
@@ -172,6 +180,8 @@ class SQLASessionMiddleware:
         for source in self._sources():
             if lazy_begin or (lazy_begin is None and not source.given):
                 source.on_creation(begin_lazily)
+        if sql_comments is not None:
+            self._comment_statements(sql_comments)
         self._background = make_with_options("background", BackgroundThreads, background)
         # UnavailableMiddleware is outermost: it answers a failure only after the last attempt of a transaction.
         app = wrap("transaction", TransactionMiddleware, app, transaction)
@@ -199,18 +209,34 @@ class SQLASessionMiddleware:
         for source in self._sources():
             source.on_creation(note_checkouts)
 
+    def _comment_statements(self, sql_comments: Any) -> None:
+        self.sql_comments = make_with_options("sql_comments", SQLComments, sql_comments)
+        for source in self._sources():
+            source.on_creation(partial(comment_on, comments=self.sql_comments))
+
     def _record_requests(self, server_timing: Any, slow_requests: Any) -> None:
-        from ._recording.listeners import record_engine
-        from ._recording.requests import SlowRequests, logging_slow, with_record
+        from ._recording.requests import SlowRequests, logging_slow
 
         if server_timing is not True:
             server_timing = resolve_option("server_timing", server_timing or None)
-        self._inner = with_record(self._inner, server_timing)
         if slow_requests is not None:
             #: what makes a request a slow one
             self.slow_requests = make_with_options("slow_requests", SlowRequests, slow_requests)
-            self._new_scope = logging_slow(self._new_scope)
-        for name, source in self._named_sources().items():
+        self.record_requests(None if slow_requests is None else logging_slow, server_timing)
+
+    def record_requests(self, reading: Callable[[type[Scope]], type[Scope]] | None, server_timing: Any = None) -> None:
+        """Have each request recorded.
+
+        :param reading: makes the class of the scopes of requests one that reads the record at their end.
+        :param server_timing: whether the response tells of it.
+        """
+        from ._recording.listeners import record_engine
+        from ._recording.requests import with_record
+
+        self._inner = with_record(self._inner, server_timing)
+        if reading is not None:
+            self._new_scope = reading(self._new_scope)
+        for name, source in self.named_sources().items():
             source.on_creation(partial(record_engine, name=name))
 
     def _limit_requests(self, deadline: Any) -> None:
@@ -224,9 +250,10 @@ class SQLASessionMiddleware:
             source.on_creation(limit_waits)
 
     def _sources(self) -> list[EngineSource]:
-        return list(self._named_sources().values())
+        return list(self.named_sources().values())
 
-    def _named_sources(self) -> dict[str, EngineSource]:
+    def named_sources(self) -> dict[str, EngineSource]:
+        """What the engines are made of, by their names."""
         return {DEFAULT: self._source, **({} if self.routing is None else self.routing.sources())}
 
     @classmethod

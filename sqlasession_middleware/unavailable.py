@@ -186,6 +186,11 @@ class UnavailableMiddleware:
 
         :param kind: what the user's page is told: "unreachable", "pool" or "busy".
         """
+        scope = running_scope()
+        # In a shell the owner may be anything.
+        note = None if scope is None else getattr(scope.owner, "note_503", None)
+        if note is not None:
+            note(kind)
         own = error_pages.unavailable(self.retry_after, is_busy=kind == "busy")
         if self.page is None:
             return own

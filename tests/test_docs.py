@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
 from sqlasession_middleware import SQLASessionMiddleware
+from sqlasession_middleware._database.comments import SQLComments
 from sqlasession_middleware._lifecycle.background import BackgroundThreads
 from sqlasession_middleware._recording.requests import SlowRequests
 from sqlasession_middleware._settings import kinds, options
@@ -65,6 +66,7 @@ TABLES: tuple[tuple[str, Mapping[str, Kind], Callable[..., Any], str], ...] = (
     ("unavailable.", options.UNAVAILABLE_OPTIONS, UnavailableMiddleware, ""),
     ("background.", options.BACKGROUND_OPTIONS, BackgroundThreads, ""),
     ("slow_requests.", options.SLOW_OPTIONS, SlowRequests, ""),
+    ("sql_comments.", options.COMMENT_OPTIONS, SQLComments, ""),
     ("", options.HEALTH_OPTIONS, HealthMiddleware, ""),
 )
 
@@ -115,6 +117,7 @@ def test_each_parameter_has_an_ini_key_and_each_key_a_parameter() -> None:
         (HealthMiddleware, {*options.HEALTH_OPTIONS}),
         (BackgroundThreads, {*options.BACKGROUND_OPTIONS}),
         (SlowRequests, {*options.SLOW_OPTIONS}),
+        (SQLComments, {*options.COMMENT_OPTIONS}),
     ]
     for owner, names in expected:
         assert {*inspect.signature(owner).parameters} - {"app"} == names

@@ -23,6 +23,7 @@ import pytest
 from click.testing import Result
 from docutils import nodes
 from flask import Flask
+from opentelemetry.sdk.metrics import MeterProvider
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.tweens import EXCVIEW
@@ -30,7 +31,16 @@ from sqlalchemy import MetaData, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqlasession_middleware import SQLASessionMiddleware, after_commit, application, doom, local, local_manager, session
+from sqlasession_middleware import (
+    SQLASessionMiddleware,
+    after_commit,
+    application,
+    doom,
+    local,
+    local_manager,
+    metrics,
+    session,
+)
 from sqlasession_middleware._database.breaker import breaker_of
 from sqlasession_middleware._pyramid.settings import read_options
 from sqlasession_middleware._settings import kinds
@@ -175,6 +185,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "… must be a WSGI application, a callable, got …": REFUSED["app"][0],
     "… must be true, false or a dict of options, got …": {"transaction": "yes"},
     "… must be a dict of options, got …": {"background": 3},
+    "… must be a text, or none, got …": {"sql_comments": {"application": 3}},
     "… must be a MetaData, such as a declarative Base.metadata, or several, got …": REFUSED["metadata"][0],
     "… must be a subclass of Session, got …": REFUSED["session class"][0],
     "… are not accepted by Session: …": REFUSED["session value"][0],
@@ -595,9 +606,22 @@ def fail_in_the_background(make: Any) -> None:
     app.dispose()
 
 
+@provokes("… is observed already: call observe() once for each application.")
+def observe_twice(make: Any) -> None:
+    app = make()
+    metrics.observe(app, MeterProvider())
+    metrics.observe(app, MeterProvider())
+
+
 @provokes("Slow: … …: … after … s; …")
 def take_long(make: Any) -> None:
     call(make(slow_requests={"seconds": 0}))
+
+
+@provokes("With 'traceparent' no text is sent twice, but psycopg prepares those that are sent often: …")
+def prepare_what_is_sent_once(make: Any, postgresql_url: str) -> None:
+    with make(bind=postgresql_url, sql_comments={"traceparent": True}).context():
+        session.execute(text("SELECT 1"))
 
 
 @provokes("The time of … s for calls in the background is up: …")

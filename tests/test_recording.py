@@ -18,11 +18,13 @@ from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, doom, session
+from sqlasession_middleware._database.breaker import breaker_state
 from sqlasession_middleware._recording import record as records
 from sqlasession_middleware._recording.record import RECORD, Record
 from sqlasession_middleware._recording.stacks import application_frames
 from sqlasession_middleware.errors import ConfigurationError
 
+from .ports import free_port
 from .wsgi import Environ, StartResponse, consume, environ
 
 PATIENCE = 30
@@ -150,6 +152,15 @@ def test_wait_for_the_pool_is_noted(server_url: str) -> None:
     thread.join()
     assert record.waited >= 0.05
     assert float(re.search(r"db-wait;dur=([\d.]+)", response.headers["Server-Timing"])[1]) >= 50  # type: ignore[index]
+    app.dispose()
+
+
+def test_breaker_opens_although_waits_are_timed() -> None:
+    url = f"postgresql+psycopg://127.0.0.1:{free_port()}/nothing"
+    app = SQLASessionMiddleware(answer, url, unavailable={"breaker_failures": 1}, server_timing=True)
+    _, response = ask(app, read)
+    assert response.status_code == 503
+    assert breaker_state(app.engine) == "open"
     app.dispose()
 
 

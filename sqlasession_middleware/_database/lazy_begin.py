@@ -26,6 +26,7 @@ from weakref import WeakSet
 from sqlalchemy import TwoPhaseTransaction, event
 
 from .._drivers.registry import driver_of
+from .comment_text import without_comment
 from .forks import fork_safe_lock
 from .plain_reads import is_plain_read, remember_as_writing
 from .reads import is_watched, was_handed_out
@@ -168,4 +169,4 @@ class _LazyBegin:
 def _text_of(statement: str, context: ExecutionContext) -> str:
     """The text of a plain read that is the same for each length of an IN, and for each comment that is added to it."""
     compiled: Any = context.compiled
-    return statement if _SCHEMA_PLACEHOLDER in compiled.string else compiled.string
+    return without_comment(statement) if _SCHEMA_PLACEHOLDER in compiled.string else compiled.string

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import TextualSelect
 
+from .comment_text import without_comment
+
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExecutionContext
 
@@ -111,12 +113,17 @@ def judge(statement: object) -> Reading:
     if not isinstance(statement, str) or len(statement) > _LONGEST:
         return Reading.DOUBTFUL
     known = _known.get(statement)
-    return _remember(statement, _judge(statement)) if known is None else known
+    if known is not None:
+        return known
+    # It is known by its text without the comment, which may be another one each time.
+    bare = without_comment(statement)
+    known = _known.get(bare)
+    return _remember(bare, _judge(bare)) if known is None else known
 
 
 def remember_as_writing(statement: str) -> None:
     """Remember that a statement has tried to write, although it looked like a plain read."""
-    _remember(statement, Reading.DOUBTFUL)
+    _remember(without_comment(statement), Reading.DOUBTFUL)
 
 
 def _remember(statement: str, reading: Reading) -> Reading:

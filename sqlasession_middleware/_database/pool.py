@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -12,7 +14,7 @@ from .._scope.deadline import begin_unit, remaining
 from ..failures import Failure
 from .observers import note_failure, note_late
 
-__all__ = ["ObservedPool", "TimedPool", "has_open_connections", "is_full", "limit_pool"]
+__all__ = ["ObservedPool", "TimedPool", "has_open_connections", "is_full", "limit_pool", "wrap_connect"]
 
 
 class ObservedPool(QueuePool):
@@ -67,6 +69,17 @@ def limit_pool(pool: Pool) -> None:
 
 # Part of the name of the pools' logger, which applications may have configured.
 ObservedPool.__name__ = TimedPool.__name__ = "WatchedPool"
+
+
+def wrap_connect(pool: Pool, around: Callable[[Callable[[], Any]], Any]) -> None:
+    """Call a function for each connection that is wanted of a pool: it is given what returns the connection."""
+    found: Any = pool
+
+    def connect() -> Any:
+        return type(found).connect(found)  # Of the class that it has now: breakers and deadlines change it later.
+
+    # What the instance has already is another such wrapper.
+    found.connect = partial(around, vars(found).get("connect", connect))
 
 
 def is_full(pool: Pool) -> bool:

@@ -204,6 +204,8 @@ class Driver:
     keeps_alive = False
     #: Whether its cursors that do not buffer take an error among the rows for their end; see :meth:`mind_rows`.
     ends_rows_silently = False
+    #: Whether ``executemany()`` makes one INSERT for many rows, if a pattern finds that there is nothing behind VALUES.
+    gathers_rows = False
 
     def __init__(self, server: Server | None = None) -> None:
         if server is not None:
@@ -275,6 +277,10 @@ class Driver:
     def pipeline(self) -> Pipeline | None:
         """What sends BEGIN together with a statement; None if the driver, or the server, has no such thing."""
         return None
+
+    def prepares(self, driver_connection: Any) -> bool:
+        """Whether it has the server prepare a statement whose text is sent often."""
+        return False
 
     def is_idle(self, connection: Connection) -> bool:
         """Whether no transaction is open, as the driver knows without asking the server; False if it does not."""

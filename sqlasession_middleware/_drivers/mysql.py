@@ -207,6 +207,7 @@ class MySQLDriver(Driver):
 
     server = MySQL()
     compatible_server = CompatibleWithMySQL()
+    gathers_rows = True  # PyMySQL and mysqlclient.
     #: The public methods of its connections, and the properties that can be set, by which anything is sent that may
     #: leave something open, beside ``commit()`` and ``rollback()``; also those after which nothing is known.
     sending: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.orm import Session
 
 from .._database.forks import fork_safe_lock
+from .._database.pool import wrap_connect
 from .._dependencies import calling_frame
 from .._scope.scope import Scope, current
 from ..failures import Failure, classify
@@ -196,8 +197,7 @@ class _EngineListeners:
 
     def time_pool(self, engine: Engine) -> None:
         """Time the waits for the engine's pool: for the present one, and for that which takes its place."""
-        pool: Any = engine.pool
-        pool.connect = partial(self._connect, pool.connect)
+        wrap_connect(engine.pool, self._connect)
 
     def _connect(self, connect: Callable[[], Any]) -> Any:
         records, attempt = _records()

@@ -18,6 +18,7 @@ __all__ = [
     "check_seconds",
     "check_seconds_above_0",
     "check_seconds_or_none",
+    "check_text_or_none",
     "check_types",
     "copy_options",
     "resolve_option",
@@ -73,6 +74,12 @@ def check_seconds_or_none(parameter: str, seconds: Any) -> None:
     """:raises ConfigurationError: if ``seconds`` is neither None nor a finite number from 0."""
     if seconds is not None and not _is_time(seconds):
         raise ConfigurationError(parameter, f"must be a number of seconds from 0, or none, got {shown(seconds)}.")
+
+
+def check_text_or_none(parameter: str, value: Any) -> None:
+    """:raises ConfigurationError: if ``value`` is neither None nor a text."""
+    if value is not None and not isinstance(value, str):
+        raise ConfigurationError(parameter, f"must be a text, or none, got {shown(value)}.")
 
 
 def check_deadline(seconds: Any) -> None:

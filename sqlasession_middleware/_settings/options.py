@@ -32,6 +32,7 @@ from .kinds import (
 
 __all__ = [
     "BACKGROUND_OPTIONS",
+    "COMMENT_OPTIONS",
     "ENGINE_OPTIONS",
     "GROUPS",
     "HEALTH_OPTIONS",
@@ -150,8 +151,21 @@ SLOW_OPTIONS: Mapping[str, Kind] = {
     "seconds": SECONDS,
 }
 
+#: The parameters of :class:`~sqlasession_middleware._database.comments.SQLComments`.
+COMMENT_OPTIONS: Mapping[str, Kind] = {
+    "application": TEXT,
+    "method": BOOLEAN,
+    "route": BOOLEAN_OR_DOTTED,
+    "traceparent": BOOLEAN,
+    "values": DOTTED_OR_NONE,
+}
+
 #: The parameters whose argument is a dict of options, by which they are switched on.
-GROUPS: Mapping[str, Mapping[str, Kind]] = {"background": BACKGROUND_OPTIONS, "slow_requests": SLOW_OPTIONS}
+GROUPS: Mapping[str, Mapping[str, Kind]] = {
+    "background": BACKGROUND_OPTIONS,
+    "slow_requests": SLOW_OPTIONS,
+    "sql_comments": COMMENT_OPTIONS,
+}
 
 #: The parameters that switch an inner middleware on, and its options. Ini keys have the parameter as their prefix.
 STACKED: Mapping[str, Mapping[str, Kind]] = {"transaction": TRANSACTION_OPTIONS, "unavailable": UNAVAILABLE_OPTIONS}

@@ -100,6 +100,15 @@ class World:
         assert took < DEADLINE + TOLERANCE, took
         return status
 
+    def ask_in_time(self) -> str:
+        """The status of a request that was over before its deadline: a busy machine may be too slow for that."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            begun = time.monotonic()
+            status = self.ask()
+            if time.monotonic() - begun < DEADLINE or begun > end:
+                return status
+
     def is_clean(self) -> bool:
         """Whether the server does nothing any more for this test."""
         with self.other.connect() as connection:
@@ -334,7 +343,7 @@ def test_request_is_answered_by_its_deadline(row: Row, fault: str, mode: str, ow
             assert status == "503"
         if fault not in WITHOUT_SERVER:
             world.wait_until(world.is_clean)
-            assert world.ask() == "200"
+            assert world.ask_in_time() == "200"
             assert world.app.engine.pool.checkedout() == 0
 
 

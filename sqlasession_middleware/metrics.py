@@ -1,0 +1,277 @@
+"""Metrics of an application's databases, for OpenTelemetry.
+
+.. code-block:: python
+
+    from sqlasession_middleware import metrics
+
+    metrics.observe(app)
+
+The names of statements and connections are those of OpenTelemetry's semantic conventions for clients of databases. An
+engine is told by its name in ``app.engines``. Beside them there are counters of what only this library knows: how
+transactions end, how many attempts requests need, and which of them are answered with 503. See :doc:`observing`.
+
+This module needs the extra ``metrics``. It uses OpenTelemetry's API, so that what collects the metrics, and where they
+go, is up to the application: with Prometheus it is a ``PrometheusMetricReader``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+from opentelemetry.metrics import MeterProvider, Observation, get_meter_provider
+from sqlalchemy import event
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import QueuePool
+
+from ._database.breaker import breaker_state
+from ._database.forks import fork_safe_lock
+from ._database.pool import wrap_connect
+from ._dependencies import call_first, max_overflow
+from ._recording.record import RECORD
+from ._scope.scope import ENDED, Scope
+from .errors import ConfigurationError, shown
+from .middleware import SQLASessionMiddleware
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+    from ._recording.record import Record
+
+__all__ = ["observe"]
+
+#: "Semantic conventions for database client metrics": boundaries in seconds.
+_BOUNDARIES: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
+
+#: What the conventions call a system where SQLAlchemy has another name.
+_SYSTEMS: Final = {"mssql": "microsoft.sql_server", "oracle": "oracle.db"}
+
+#: The attribute of an ExecutionContext with the time at which its statement began.
+_BEGUN: Final = "sqlasession_begun"
+
+#: when the connection began to be made that is being waited for
+_connecting: ContextVar[float | None] = ContextVar("sqlasession_middleware.metrics.connecting", default=None)
+
+_meters: WeakKeyDictionary[MeterProvider, _Meters] = WeakKeyDictionary()
+_lock = fork_safe_lock()
+
+
+def observe(app: SQLASessionMiddleware, meter_provider: MeterProvider | None = None) -> None:
+    """Have an application's metrics collected from now on.
+
+    :param app: an application; with Flask it is ``db.middleware``. Call this once for each, before the first request.
+    :param meter_provider: OpenTelemetry's; None for the global one.
+    :raises ConfigurationError: if ``app`` is something else, or is observed already.
+    """
+    if not isinstance(app, SQLASessionMiddleware):
+        raise ConfigurationError("app", f"must be a SQLASessionMiddleware, got {shown(app)}.")
+    provider = get_meter_provider() if meter_provider is None else meter_provider
+    with _lock:
+        meters = _meters.get(provider)
+        if meters is None:
+            meters = _meters[provider] = _Meters(provider)
+    if app.note_503 is not None:
+        raise ConfigurationError("app", "is observed already: call observe() once for each application.")
+    app.note_503 = meters.note_503
+    app.record_requests(partial(_metered, meters=meters))
+    for name, source in app.named_sources().items():
+        source.on_creation(partial(meters.observe_engine, name=name))
+
+
+class _Meters:
+    """The instruments of one provider, which all applications share that it collects the metrics of."""
+
+    def __init__(self, provider: MeterProvider) -> None:
+        meter = provider.get_meter("sqlasession_middleware")
+        self._engines: WeakKeyDictionary[Engine, _ObservedEngine] = WeakKeyDictionary()
+
+        def seconds(name: str, what: str) -> Any:
+            return meter.create_histogram(name, "s", what, explicit_bucket_boundaries_advisory=_BOUNDARIES)
+
+        self.operations = seconds("db.client.operation.duration", "Duration of database client operations.")
+        self.creations = seconds("db.client.connection.create_time", "The time it took to create a new connection.")
+        self.waits = seconds(
+            "db.client.connection.wait_time", "The time it took to obtain an open connection from the pool."
+        )
+        self.uses = seconds(
+            "db.client.connection.use_time", "The time between borrowing a connection and returning it to the pool."
+        )
+        self.timeouts = meter.create_counter(
+            "db.client.connection.timeouts", "{timeout}", "How often no connection of the pool became free in time."
+        )
+        for name, unit, of_engine, what in (
+            ("connection.count", "{connection}", _ObservedEngine.count, "The connections that are idle, or used."),
+            ("connection.max", "{connection}", _ObservedEngine.most, "How many connections the pool may open."),
+            ("connection.pending_requests", "{request}", _ObservedEngine.waiting, "Who waits for a connection."),
+        ):
+            callback = partial(self._observe_all, of_engine)
+            meter.create_observable_up_down_counter(f"db.client.{name}", [callback], unit, what)
+        breaker = partial(self._observe_all, _ObservedEngine.breaker)
+        meter.create_observable_gauge("sqlasession.breaker.state", [breaker], "1", "1 for the state that it is in.")
+        self._outcomes = meter.create_counter(
+            "sqlasession.request.transactions", "{transaction}", "How the transactions of requests have ended."
+        )
+        self._attempts = meter.create_counter(
+            "sqlasession.request.attempts", "{attempt}", "At requests: more than one if they are repeated."
+        )
+        self._answers = meter.create_counter(
+            "sqlasession.request.unavailable", "{response}", "Requests that were answered with 503."
+        )
+
+    def observe_engine(self, engine: Engine, name: str) -> None:
+        with _lock:
+            if engine not in self._engines:
+                self._engines[engine] = _ObservedEngine(self, engine, name)
+
+    def _observe_all(
+        self, of_engine: Callable[[_ObservedEngine, Engine], Iterator[Observation]], options: object
+    ) -> Iterator[Observation]:
+        for engine, observed in list(self._engines.items()):
+            yield from of_engine(observed, engine)
+
+    def note_503(self, reason: str) -> None:
+        self._answers.add(1, {"reason": reason})
+
+    def note_request(self, environ: dict[str, Any], record: Record) -> None:
+        self._outcomes.add(1, {"outcome": record.outcome})
+        self._attempts.add(environ.get("sqlasession.attempt", 1))
+
+
+class _ObservedEngine:
+    """The listeners of one engine. They lead to it by nothing that would keep it.
+
+    :param name: that of its pool.
+    """
+
+    def __init__(self, meters: _Meters, engine: Engine, name: str) -> None:
+        self._meters = meters
+        self._pool = {"db.client.connection.pool.name": name}
+        url = engine.url
+        told = {
+            "db.system.name": _SYSTEMS.get(engine.dialect.name, engine.dialect.name),
+            "db.namespace": url.database,
+            "server.address": url.host,
+            "server.port": url.port,
+        }
+        self._attributes = {key: value for key, value in told.items() if value is not None}
+        self._pending = 0
+        self._counting = fork_safe_lock()
+        #: the key in the ``info`` of a connection with the time at which it was taken
+        self._taken = f"sqlasession_middleware.metrics.{id(meters)}"
+        event.listen(engine, "before_cursor_execute", self._begin_statement)
+        event.listen(engine, "after_cursor_execute", self._end_statement)
+        event.listen(engine, "handle_error", self._fail_statement)
+        event.listen(engine, "do_connect", self._begin_connect)
+        call_first(engine, self._begin_connect, "do_connect")  # Another one may make the connection.
+        event.listen(engine, "connect", self._end_connect, insert=True)
+        event.listen(engine, "checkout", self._take)
+        for name_of_event in ("checkin", "detach", "invalidate"):
+            event.listen(engine, name_of_event, self._give_back)
+        event.listen(engine, "engine_disposed", self._time_pool)
+        self._time_pool(engine)
+
+    # -- statements
+
+    def _begin_statement(
+        self, connection: Connection, cursor: Any, sql: Any, parameters: Any, context: Any, _: bool
+    ) -> None:
+        setattr(context, _BEGUN, perf_counter())
+
+    def _end_statement(
+        self, connection: Connection, cursor: Any, sql: Any, parameters: Any, context: Any, _: bool
+    ) -> None:
+        self._note_statement(context, self._attributes)
+
+    def _fail_statement(self, context: ExceptionContext) -> None:
+        kind = type(context.original_exception).__qualname__
+        self._note_statement(context.execution_context, {**self._attributes, "error.type": kind})
+
+    def _note_statement(self, context: Any, attributes: dict[str, Any]) -> None:
+        begun = getattr(context, _BEGUN, None)
+        if begun is not None:  # It may fail once more, when its rows are fetched.
+            setattr(context, _BEGUN, None)
+            self._meters.operations.record(perf_counter() - begun, attributes)
+
+    # -- connections
+
+    def _begin_connect(self, dialect: Any, entry: ConnectionPoolEntry, arguments: Any, options: Any) -> None:
+        _connecting.set(perf_counter())
+
+    def _end_connect(self, driver_connection: Any, entry: ConnectionPoolEntry) -> None:
+        begun = _connecting.get()
+        if begun is not None:  # An engine's own ``creator`` has no event.
+            self._meters.creations.record(perf_counter() - begun, self._pool)
+
+    def _take(self, driver_connection: Any, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+        entry.info[self._taken] = perf_counter()
+
+    def _give_back(self, driver_connection: Any, entry: ConnectionPoolEntry, error: object = None) -> None:
+        taken = entry.info.pop(self._taken, None)
+        if taken is not None:
+            self._meters.uses.record(perf_counter() - taken, self._pool)
+
+    def _time_pool(self, engine: Engine) -> None:
+        """Time the waits for the engine's pool: for the present one, and for that which takes its place."""
+        wrap_connect(engine.pool, self._connect)
+
+    def _connect(self, connect: Callable[[], Any]) -> Any:
+        _connecting.set(None)
+        with self._counting:
+            self._pending += 1
+        begin = perf_counter()
+        try:
+            connection = connect()
+            self._meters.waits.record(perf_counter() - begin, self._pool)
+            return connection
+        except PoolTimeoutError:
+            self._meters.timeouts.add(1, self._pool)
+            raise
+        finally:
+            with self._counting:
+                self._pending -= 1
+
+    # -- what is looked at when metrics are collected
+
+    def count(self, engine: Engine) -> Iterator[Observation]:
+        pool = engine.pool
+        if isinstance(pool, QueuePool):
+            yield Observation(pool.checkedin(), {**self._pool, "db.client.connection.state": "idle"})
+            yield Observation(pool.checkedout(), {**self._pool, "db.client.connection.state": "used"})
+
+    def most(self, engine: Engine) -> Iterator[Observation]:
+        pool = engine.pool
+        if isinstance(pool, QueuePool) and (overflow := max_overflow(pool)) >= 0:
+            yield Observation(pool.size() + overflow, self._pool)
+
+    def waiting(self, engine: Engine) -> Iterator[Observation]:
+        yield Observation(self._pending, self._pool)
+
+    def breaker(self, engine: Engine) -> Iterator[Observation]:
+        state = breaker_state(engine)
+        if state is not None:
+            for each in ("closed", "open", "half open"):
+                yield Observation(int(each == state), {**self._pool, "state": each})
+
+
+def _metered(scope_class: type[Scope], meters: _Meters) -> type[Scope]:
+    """A subclass of ``scope_class`` that counts requests."""
+    return type(scope_class.__name__, (_MeteredScope, scope_class), {"meters": meters})
+
+
+class _MeteredScope(Scope):
+    """A scope whose request is counted at its end."""
+
+    meters: _Meters
+
+    def clear(self) -> None:
+        """Forget the scope's values; at the end of the scope, count the request."""
+        super().clear()
+        environ = self.environ
+        if self.state is ENDED and environ is not None and RECORD in environ:
+            self.meters.note_request(environ, environ[RECORD])
