@@ -22,7 +22,7 @@ from sqlasession_middleware import SQLASessionMiddleware, release, session
 from sqlasession_middleware._drivers.base import MAX_CONNECTIONS, Driver, Server
 from sqlasession_middleware._drivers.failure import Failure
 from sqlasession_middleware._drivers.libpq import LibpqDriver
-from sqlasession_middleware._drivers.mariadb import MariaDBConnector
+from sqlasession_middleware._drivers.mariadb import MariaDBConnector, minding_class
 from sqlasession_middleware._drivers.mysql import CompatibleWithMySQL, MySQL, MySQLDriver
 from sqlasession_middleware._drivers.postgresql import CompatibleWithPostgreSQL, PostgreSQL, PostgreSQLDriver
 from sqlasession_middleware._drivers.psycopg2 import Psycopg2
@@ -513,3 +513,33 @@ def test_what_nobody_can_ask_any_more() -> None:
     for driver in (Driver(), MySQLDriver()):  # Nobody knows how they limit their waits.
         driver.prepare_ping([], options, 1)
     assert options == {}
+
+
+class Unbuffered:
+    """A cursor whose rows end too early."""
+
+    arraysize = 1
+
+    def __init__(self) -> None:
+        self.ends: list[bool] = []
+        self.rows: list[int] = [1, 2, 3, 4]
+
+    def check_rows(self, is_end: bool) -> None:
+        self.ends.append(is_end)
+
+    def fetchone(self) -> int | None:
+        return self.rows.pop(0) if self.rows else None
+
+    def fetchmany(self, size: int = 0) -> list[int]:
+        return [self.rows.pop(0) for _ in range(min(size or self.arraysize, len(self.rows)))]
+
+    def fetchall(self) -> list[int]:
+        rows, self.rows = self.rows, []
+        return rows
+
+
+def test_end_of_unbuffered_rows_is_looked_at_however_they_are_fetched() -> None:
+    cursor = minding_class(Unbuffered)()
+    assert (cursor.fetchone(), cursor.fetchmany(), cursor.fetchmany(2)) == (1, [2], [3, 4])
+    assert (cursor.fetchmany(2), cursor.fetchone(), cursor.fetchall()) == ([], None, [])
+    assert cursor.ends == [False, False, False, True, True, True]

@@ -448,6 +448,19 @@ def test_call_in_the_background_needs_a_thread(make: Any, monkeypatch: pytest.Mo
     assert numbers(app) == [2]
 
 
+def test_failure_in_the_background_of_an_isolated_application_is_logged(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make()
+
+    def fail() -> None:
+        raise KeyError("reason")
+
+    with isolated(app):
+        app.background(fail)
+    assert [each.name for each in caplog.records] == ["sqlasession_middleware.background"]
+
+
 def test_dispose_waits_so_many_seconds(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     app = make(background={"threads": 1, "seconds": 0.05})
     gate = Gate()

@@ -335,6 +335,6 @@ def test_plugin_fails_tests_that_repeat(pytester: pytest.Pytester) -> None:
             app.dispose()
         """
     )
-    done = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    done = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     done.assert_outcomes(passed=4, errors=2)
     done.stdout.fnmatch_lines(["*3 times: SELECT 1*"])

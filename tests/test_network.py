@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
+import selectors
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 from sqlalchemy import URL, Engine, NullPool, Pool, create_engine, event, literal, make_url, select, text
+from sqlalchemy.exc import OperationalError
 
 from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware._drivers import keepalive, libpq
 from sqlasession_middleware._drivers.libpq import LibpqDriver
-from sqlasession_middleware._drivers.registry import driver_of
+from sqlasession_middleware._drivers.registry import driver_by_dialect, driver_of
 
 from .drivers import Row, rows_of, rows_on
+from .integration.faulty_ways import silent_listener
 from .wsgi import Environ, StartResponse, consume, environ, start_response
 
 NETWORKED = rows_on("postgresql", "mariadb")
@@ -513,3 +517,65 @@ def test_what_is_no_socket_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     with closing(socket.socket()) as found:
         keepalive.keep_alive(found.fileno())
         assert watch_of(found) == SYSTEM._replace(keepalive=0)
+
+
+def wait_in_python(connection: Any) -> None:
+    """As psycogreen does, without greenlets."""
+    from psycopg2 import extensions
+
+    while (state := connection.poll()) != extensions.POLL_OK:
+        with selectors.DefaultSelector() as selector:
+            reads = state == extensions.POLL_READ
+            selector.register(connection.fileno(), selectors.EVENT_READ if reads else selectors.EVENT_WRITE)
+            selector.select()
+
+
+@pytest.mark.parametrize("options", WAITS)
+@pytest.mark.parametrize("row", rows_of("psycopg2"))
+def test_callback_that_waits_in_threads_heeds_connect_timeout(row: Row, options: dict[str, Any]) -> None:
+    from psycopg2 import extensions
+
+    extensions.set_wait_callback(wait_in_python)
+    try:
+        with silent_listener() as port:
+            url = URL.create("postgresql+psycopg2", "shop", host="127.0.0.1", port=port)
+            app = SQLASessionMiddleware.without_app(url, engine_options={"connect_args": options})
+            with pytest.raises(OperationalError):
+                app.run(lambda: session.scalar(text("SELECT 1")))
+            app.dispose()
+        for connect_args in ({}, {"connect_timeout": "soon"}):
+            app = SQLASessionMiddleware.without_app(row.url(), engine_options={"connect_args": connect_args})
+            # libpq itself may refuse what is no number.
+            with suppress(OperationalError) if connect_args else nullcontext():
+                assert app.run(lambda: session.scalar(text("SELECT 1"))) == 1
+            app.dispose()
+    finally:
+        extensions.set_wait_callback(None)
+
+
+@pytest.mark.parametrize(
+    ("said", "is_cancelled"), [("FATAL:  sorry, too many clients already", True), ("could not connect", False)]
+)
+def test_full_postgresql_is_asked_to_cancel_by_the_driver_itself(said: str, is_cancelled: bool) -> None:
+    def connect() -> Any:
+        raise RuntimeError(said)
+
+    driver, asked = driver_by_dialect[make_url("postgresql+psycopg2://").get_dialect()], []
+    info = SimpleNamespace(backend_pid=1)
+    busy = SimpleNamespace(cancel=lambda: asked.append(True), get_backend_pid=lambda: 1, info=info)
+    if is_cancelled:
+        assert driver.cancel(busy, connect)
+    else:
+        with pytest.raises(RuntimeError):
+            driver.cancel(busy, connect)
+    assert bool(asked) is is_cancelled
+
+
+def test_time_is_shared_among_hosts_unless_the_driver_has_to_complain() -> None:
+    driver = driver_by_dialect[make_url("postgresql+psycopg://").get_dialect()]
+    assert driver.share_time({"host": "a,b", "connect_timeout": "soon"}, 8) == {
+        "host": "a,b",
+        "connect_timeout": "soon",
+    }
+    assert driver.share_time({"host": "a,b"}, 8) == {"host": "a,b", "connect_timeout": 4}
+    assert driver.share_time({"host": "a"}, 8) == {"host": "a"}

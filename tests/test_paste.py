@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from paste.deploy import appconfig, loadapp, loadfilter
-from sqlalchemy import engine_from_config
+from sqlalchemy import create_engine, engine_from_config
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, QueuePool
@@ -752,3 +752,27 @@ def test_error_names_key_and_file_when_it_is_in_a_filter_of_its_own(
                 f"{key} = {value}"
             )
         )
+
+
+ENGINE = create_engine("sqlite://")
+
+
+def make_engine():
+    return ENGINE
+
+
+@pytest.mark.parametrize("name", ["ENGINE", "make_engine"])
+def test_engine_comes_from_elsewhere(name):
+    config = {"sqlalchemy.engine": f"{__name__}:{name}", "sqlalchemy.binds.audit.engine": f"{__name__}:{name}"}
+    app = SQLASessionMiddleware.from_config(print, config)
+    assert app.engines == {"default": ENGINE, "audit": ENGINE}
+
+
+@pytest.mark.parametrize("keys", [("url", "engine"), ("engine", "url")])
+@pytest.mark.parametrize("prefix", ["sqlalchemy.", "sqlalchemy.binds.audit."])
+def test_engine_and_url_exclude_each_other(prefix, keys):
+    values = {"url": "sqlite://", "engine": f"{__name__}:ENGINE"}
+    config = {} if prefix == "sqlalchemy." else {"sqlalchemy.url": "sqlite://"}
+    config.update({f"{prefix}{key}": values[key] for key in keys})
+    with pytest.raises(ConfigurationError, match=f"'{prefix}{keys[1]}' and '{prefix}{keys[0]}' are both set"):
+        SQLASessionMiddleware.from_config(print, config)

@@ -423,3 +423,20 @@ def test_slow_request_that_failed_is_logged(make: Any, caplog: pytest.LogCapture
     (record,) = caplog.records
     assert "no response after" in record.getMessage()
     assert "rolled back" in record.getMessage()
+
+
+def test_slow_request_is_logged_once_over_all_attempts(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    app = make(slow_requests={"seconds": 0}, transaction={"attempts": 3, "backoff_base": 0})
+    attempts: list[int] = []
+    ask(app, lambda: twice(attempts))
+    (record,) = [each for each in caplog.records if each.name == "sqlasession_middleware.slow_requests"]
+    assert "attempt 2, committed" in record.getMessage()
+
+
+def test_engines_with_one_dialect_are_timed_once(make: Any) -> None:
+    app = make(transaction=True)
+    engine = app.engine.execution_options(logging_token="other")  # no password
+    other = SQLASessionMiddleware(answer, engine, transaction=True, server_timing=True)
+    record, _ = ask(other, write)
+    assert [each.kind for each in record.ends][:1] == ["commit"]
+    assert record.outcome == "committed"

@@ -96,7 +96,7 @@ def call_logged(call: Callable[[], object], name: str) -> None:
 
 
 @after_fork
-def _begin_anew() -> None:
+def _begin_anew() -> None:  # pragma: no cover  # in a child
     """The child has none of its parent's threads, and what they had to do is the parent's."""
     for each in list(_all):
         each._begin()

@@ -79,7 +79,5 @@ def format_stack(stack: Iterable[tuple[CodeType, int]]) -> str:
 
 
 def _line_of(code: CodeType, index: int) -> int:
-    for begin, end, line in code.co_lines():
-        if begin <= index < end and line is not None:
-            return line
-    return code.co_firstlineno
+    lines = (line for begin, end, line in code.co_lines() if begin <= index < end and line is not None)
+    return next(lines, code.co_firstlineno)

@@ -27,6 +27,9 @@ from .faulty_ways import Gate, full_backlog, offers_tls, silent_listener
 from .own_servers import OwnMariaDB, OwnPostgreSQL, OwnServer, running
 from .servers import PATIENCE
 
+# psycopg tells of a cursor whose connection was lost before it could be closed.
+pytestmark = pytest.mark.filterwarnings("ignore:<psycopg.ServerCursor object:ResourceWarning")
+
 DEADLINE = 0.7
 #: Seconds that an answer may be late.
 TOLERANCE = 0.5
