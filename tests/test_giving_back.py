@@ -1000,7 +1000,7 @@ class Rows:
         self.opened = self.opened or session()
         assert session() is self.opened
         self.left -= 1
-        return session.scalar(select(Item.name)).encode() if self.left >= 0 else b""
+        return session.scalar(select(Item.name).order_by(Item.id)).encode() if self.left >= 0 else b""
 
     def close(self) -> None:
         assert session() is self.opened
