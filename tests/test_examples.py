@@ -52,7 +52,7 @@ PATIENCE = 30
 PAGES = sorted(
     path.relative_to(EXAMPLES).as_posix()
     for path in EXAMPLES.rglob("*")
-    if path.suffix in (".py", ".ini", ".html", ".mako") and "guestbook" not in path.parts
+    if path.suffix in (".py", ".ini", ".html", ".mako") and not {"guestbook", "experiments"} & set(path.parts)
 )
 
 

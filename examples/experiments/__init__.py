@@ -1,0 +1,8 @@
+"""Experiments: what comes of a failure with sqlasession_middleware, and without it.
+
+Read ``with_library.py`` and ``by_hand.py`` side by side, then ``runs.py``.
+"""
+
+from .factories import experiments
+
+__all__ = ["experiments"]
