@@ -64,6 +64,10 @@ class Asked:
             self.text = shown if len(shown) <= LENGTH else f"{shown[:LENGTH]}…"
         return chunk is not None
 
+    def pause(self, reason: str) -> None:
+        """Leave the response open for now."""
+        self.lines.append(Line("pause", reason))
+
     def close(self) -> None:
         """Close the response, as a server does when the client has all of it, or is gone."""
         close = getattr(self._body, "close", None)

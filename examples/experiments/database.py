@@ -30,7 +30,7 @@ class Database:
         self._moved = path.with_suffix(".away")
         # mode=rw: SQLite would create a file that is not there.
         url = URL.create("sqlite", database=path.as_uri(), query={"mode": "rw", "uri": "true"})
-        self.engine = create_engine(url, pool_size=POOL_SIZE, max_overflow=0, pool_timeout=0.5)
+        self.engine = create_engine(url, pool_size=POOL_SIZE, max_overflow=0, pool_timeout=1)
         # For what the experiments themselves look up. It takes no connection of the pool, and is not logged.
         self._own = create_engine(url, poolclass=NullPool)
         for engine in (self.engine, self._own):

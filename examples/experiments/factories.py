@@ -15,35 +15,51 @@ from .database import Database
 from .page import Page
 from .runs import Shop
 
-__all__ = ["experiments"]
+__all__ = ["Experiments", "experiments"]
 
 
-def experiments(global_conf: Mapping[str, str], folder: str) -> DispatcherMiddleware:
-    """A ``paste.app_factory``: the page, with the two shops below it.
+class Experiments(DispatcherMiddleware):
+    """The page, with the shops below it.
+
+    :param shops: the one with the library first.
+    """
+
+    def __init__(self, shops: list[Shop]) -> None:
+        super().__init__(Page(shops), {shop.path: shop.app for shop in shops})
+        self.shops = shops
+
+    def dispose(self) -> None:
+        """Close the idle connections."""
+        for shop in self.shops:
+            shop.database.dispose()
+
+
+def experiments(global_conf: Mapping[str, str], folder: str) -> Experiments:
+    """A ``paste.app_factory``.
 
     :param folder: for the SQLite files of the shops.
     """
     library = Database(Path(folder).resolve() / "experiments-library.db")
     hand = Database(Path(folder).resolve() / "experiments-by-hand.db")
-    shops = {
-        "/library": Shop(
-            "With the library",
-            "/library",
-            with_library.make_shop(library.engine),
-            library,
-            with_library.VIEWS,
-            with_library.forgotten,
-            no_n_plus_one,
-        ),
-        "/by-hand": Shop(
-            "By hand",
-            "/by-hand",
-            by_hand.make_shop(hand.engine),
-            hand,
-            by_hand.VIEWS,
-            by_hand.forgotten,
-            nullcontext,
-        ),
-    }
-    page = Page(list(shops.values()))
-    return DispatcherMiddleware(page, {path: shop.app for path, shop in shops.items()})
+    return Experiments(
+        [
+            Shop(
+                "With the library",
+                "/library",
+                with_library.make_shop(library.engine),
+                library,
+                with_library.VIEWS,
+                with_library.forgotten,
+                no_n_plus_one,
+            ),
+            Shop(
+                "By hand",
+                "/by-hand",
+                by_hand.make_shop(hand.engine),
+                hand,
+                by_hand.VIEWS,
+                by_hand.forgotten,
+                nullcontext,
+            ),
+        ]
+    )

@@ -16,7 +16,7 @@ __all__ = ["Line", "listen", "log_to", "note"]
 class Line(NamedTuple):
     """One thing that was asked, or that has happened.
 
-    :param kind: ``statement``, ``end``, ``connection``, ``error`` or ``attempt``.
+    :param kind: ``statement``, ``end``, ``connection``, ``error``, ``attempt`` or ``pause``.
     """
 
     kind: str

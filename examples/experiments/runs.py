@@ -123,7 +123,8 @@ def streams(shop: Shop) -> Found:
 
     def watch() -> None:
         asked = shop.begin("Watch the tickets", "GET /events")
-        asked.step()
+        if asked.step():
+            asked.pause("the client has the first event, and waits for the next one")
         requests.append(asked)
         all_began.wait(PATIENCE)
         all_seen.wait(PATIENCE)
@@ -145,7 +146,8 @@ def slow_readers(shop: Shop) -> Found:
     shop.database.fill()
     readers = [shop.begin("A slow reader of the catalogue", "GET /catalogue") for _ in range(POOL_SIZE)]
     for each in readers:
-        each.step()  # The server has the page, and the client takes minutes to read it.
+        each.step()
+        each.pause("the server has the page, and sends it as slowly as the client reads")
     held = shop.database.held()
     another = shop.ask("Another visitor meanwhile", "GET /")
     for each in readers:
@@ -174,7 +176,7 @@ def leak(shop: Shop) -> Found:
         "Connections that never came back": held,
         "Warnings in the log": len(messages),
     }
-    return Found(facts, requests, messages[0].replace(FOLDER, "") if messages else "")
+    return Found(facts, requests, shorten(messages[0]) if messages else "")
 
 
 def n_plus_one(shop: Shop) -> Found:
@@ -201,6 +203,12 @@ class Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.messages.append(record.getMessage())
+
+
+def shorten(message: str, calls: int = 4) -> str:
+    """A message with a stack, with its last calls only."""
+    first, *stack = message.replace(FOLDER, "").rstrip().splitlines()
+    return "\n".join([first, "  …", *stack[-2 * calls :]])
 
 
 def count_reads(asked: Asked) -> int:
