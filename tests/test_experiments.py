@@ -9,15 +9,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection
+from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from socketserver import ThreadingMixIn
+from typing import IO, Any, NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import pytest
 from bs4 import BeautifulSoup
 from paste.deploy import loadapp
-from waitress import create_server
 from werkzeug.test import Client
 
 from sqlasession_middleware import metadata
@@ -46,17 +48,31 @@ def app(monkeypatch, tmp_path) -> Iterator[Any]:
     metadata.remove(metadata.tables["guestbook_entry"])
 
 
+class Server(ThreadingMixIn, WSGIServer):
+    """A server with a thread for each request, whose end waits for them."""
+
+    request_queue_size = 50
+
+
+class Handler(WSGIRequestHandler):
+    """It does not log, and no test is about the errors that it is asked to write."""
+
+    def log_message(self, *arguments: object) -> None: ...
+
+    def get_stderr(self) -> IO[str]:
+        return StringIO()
+
+
 @pytest.fixture
 def port(app) -> Iterator[int]:
-    """Where waitress serves it, in this process."""
-    port = free_port()
-    server = create_server(app, host="127.0.0.1", port=port, threads=30, expose_tracebacks=False)
-    thread = threading.Thread(target=server.run)
+    """Where it is served, in this process."""
+    server = make_server("127.0.0.1", free_port(), app, Server, Handler)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
     thread.start()
-    yield port
-    server.trigger.pull_trigger(lambda: server.task_dispatcher.shutdown(cancel_pending=True, timeout=PATIENCE))
-    server.close()
+    yield server.server_port
+    server.shutdown()
     thread.join(PATIENCE)
+    server.server_close()
 
 
 @pytest.fixture(params=["called", "served"])

@@ -3,6 +3,6 @@
 Read ``with_library.py`` and ``by_hand.py`` side by side, then ``runs.py``.
 """
 
-from .factories import experiments
+from .factories import entrance, experiments
 
-__all__ = ["experiments"]
+__all__ = ["entrance", "experiments"]

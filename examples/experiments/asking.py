@@ -12,7 +12,7 @@ from .log import Line, log_to
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
-__all__ = ["Asked", "ask"]
+__all__ = ["Asked", "grouped"]
 
 #: How much of a response is shown.
 LENGTH = 120
@@ -25,7 +25,7 @@ class Asked:
     :param environ: further keys.
     """
 
-    def __init__(self, app: WSGIApplication, label: str, target: str, **environ: Any) -> None:
+    def __init__(self, app: WSGIApplication, label: str, method: str, path: str, **environ: Any) -> None:
         self.label = label
         #: of the response; 500 if the application has raised, as every server makes of it
         self.status = 0
@@ -33,7 +33,6 @@ class Asked:
         self.text = ""
         self.lines: list[Line] = []
         self._body: Iterable[bytes] = ()
-        method, path = target.split()
         sent = create_environ(path, method=method, headers={"Accept": "text/plain"}, environ_overrides=environ)
         try:
             with log_to(self.lines):
@@ -74,18 +73,6 @@ class Asked:
         if close is not None:
             with log_to(self.lines):
                 close()
-
-
-def ask(app: WSGIApplication, label: str, target: str, **environ: Any) -> Asked:
-    """Read a whole response.
-
-    :param target: ``GET /path``.
-    """
-    asked = Asked(app, label, target, **environ)
-    while asked.step():
-        pass
-    asked.close()
-    return asked
 
 
 def grouped(requests: Iterable[Asked]) -> Iterator[tuple[int, Asked]]:

@@ -1,10 +1,11 @@
-"""The function that ``use = call:experiments:experiments`` in an ini file calls."""
+"""The functions that ``use = call:experiments:…`` in an ini file calls."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
@@ -12,10 +13,14 @@ from sqlasession_middleware.testing import no_n_plus_one
 
 from . import by_hand, with_library
 from .database import Database
+from .entrance import Entrance, enter
 from .page import Page
 from .runs import Shop
 
-__all__ = ["Experiments", "experiments"]
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = ["Experiments", "entrance", "experiments"]
 
 
 class Experiments(DispatcherMiddleware):
@@ -28,10 +33,19 @@ class Experiments(DispatcherMiddleware):
         super().__init__(Page(shops), {shop.path: shop.app for shop in shops})
         self.shops = shops
 
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        enter(environ, super().__call__)
+        return super().__call__(environ, start_response)
+
     def dispose(self) -> None:
         """Close the idle connections."""
         for shop in self.shops:
             shop.database.dispose()
+
+
+def entrance(app: WSGIApplication, global_conf: Mapping[str, str]) -> Entrance:
+    """A ``paste.filter_app_factory``."""
+    return Entrance(app)
 
 
 def experiments(global_conf: Mapping[str, str], folder: str) -> Experiments:

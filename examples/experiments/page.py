@@ -67,13 +67,15 @@ class Page:
             raise HTTPNotFound("There is no such experiment.")
         if request.method != "POST":
             raise HTTPMethodNotAllowed(headers={"Allow": "POST"})
-        self.run(experiment)
+        self.run(experiment, environ=request.environ)
         # Redirect, because reloading the page would run it again.
         return HTTPSeeOther(location=f"{request.application_url}/#{experiment.name}")
 
-    def run(self, experiment: Experiment) -> None:
+    def run(self, experiment: Experiment, environ: WSGIEnvironment) -> None:
         """Run an experiment with both shops. One at a time: they share the shops' databases."""
         with self._running:
+            for shop in self.shops:
+                shop.environ = environ
             experiment.found = {shop.title: experiment.run(shop) for shop in self.shops}
 
     def show(self, request: Request) -> Response:

@@ -6,7 +6,7 @@ Each function runs with both shops, the one with the library and the one by hand
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +14,9 @@ from threading import Barrier, Thread
 from time import sleep
 from typing import TYPE_CHECKING, Any
 
-from .asking import Asked, ask, grouped
+from .asking import Asked, grouped
 from .database import POOL_SIZE, Database
+from .entrance import way_in
 from .hooks import MEETING, Meeting
 
 if TYPE_CHECKING:
@@ -49,13 +50,25 @@ class Shop:
     watching: Callable[[], AbstractContextManager[None]]
     #: what was asked since the switch was moved
     since_away: list[Asked] = field(default_factory=list)
-
-    def ask(self, label: str, target: str, **environ: Any) -> Asked:
-        return ask(self.app, label, target, SCRIPT_NAME=self.path, **environ)
+    #: of the request that has pressed the button
+    environ: Mapping[str, Any] = field(default_factory=dict)
 
     def begin(self, label: str, target: str, **environ: Any) -> Asked:
-        """Ask, and leave the response open."""
-        return Asked(self.app, label, target, SCRIPT_NAME=self.path, **environ)
+        """Ask, and leave the response open.
+
+        :param target: ``GET /path``, below the shop's own.
+        """
+        method, path = target.split()
+        app, script, mounted = way_in(self.environ)
+        return Asked(app, label, method, f"{mounted}{self.path}{path}", SCRIPT_NAME=script, **environ)
+
+    def ask(self, label: str, target: str, **environ: Any) -> Asked:
+        """Ask, and read the whole response."""
+        asked = self.begin(label, target, **environ)
+        while asked.step():
+            pass
+        asked.close()
+        return asked
 
 
 @dataclass
