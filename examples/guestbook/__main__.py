@@ -6,11 +6,14 @@ import argparse
 import sys
 from logging.config import fileConfig
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from paste.deploy import loadapp
 from paste.deploy.loadwsgi import SERVER, loadcontext
 from waitress import create_server
+
+from sqlasession_middleware.inspector import InspectorMiddleware
 
 DEVELOPMENT_INI = Path(__file__).with_name("development.ini")
 
@@ -48,8 +51,19 @@ def main() -> None:
             " Choose another port: make demo PORT=8080, or python -m guestbook --port 8080."
         )
     port = getattr(server, "effective_port", port)  # The attribute is missing for a host with several addresses.
-    print(f"Guestbook on http://{host}:{port}/ (stop with Ctrl-C)", flush=True)
+    address = f"http://{host}:{port}"
+    print(f"Guestbook on {address}/ (stop with Ctrl-C)", flush=True)
+    inspector = find_inspector(app)
+    if inspector is not None:
+        print(f"What requests do to databases: {inspector.url(address)}", flush=True)
     server.run()
+
+
+def find_inspector(app: Any) -> InspectorMiddleware | None:
+    """The inspector, if the ini file has one."""
+    while app is not None and not isinstance(app, InspectorMiddleware):
+        app = getattr(app, "app", None)
+    return app
 
 
 if __name__ == "__main__":
