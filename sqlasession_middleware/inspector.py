@@ -22,6 +22,7 @@ from ._database.pings import prepare_pings
 from ._inspector.access import Access
 from ._inspector.kept import Engines
 from ._inspector.memory import Memory
+from ._inspector.store import Store
 from ._inspector.watch import Keeper, Watch
 from ._recording.listeners import record_engine, record_objects, recorded_name
 from ._scope.scope import current, outwards
@@ -50,7 +51,8 @@ class InspectorMiddleware:
     :param app: any WSGI application: a :class:`~sqlasession_middleware.SQLASessionMiddleware`, or what leads to one or
         several; or what is inside of one.
     :param path: where the pages are.
-    :param token: what a browser has to have: 16 characters or more. None makes one for each process.
+    :param token: what a browser has to have: 16 characters or more. None makes one: for each
+        process, or for ``store``.
     :param hosts: the names that a request may be sent to, as in ``Host``, without a port.
     :param peers: the addresses, or networks, that a request may come from.
     :param proxied: admit requests that have passed a proxy. ``hosts`` and ``peers`` still apply.
@@ -88,7 +90,12 @@ class InspectorMiddleware:
         self.path = path.rstrip("/")
         self._applications = _Applications(applications)
         engines = Engines(self._applications.find, self._applications.without_secrets)
-        keeper: Keeper = Memory(requests, memory)
+        keeper: Keeper
+        if store is None:
+            keeper = Memory(requests, memory)
+        else:
+            keeper = files = Store(store, requests, memory)
+            token = files.token() if token is None else token
         self._access = Access(token, hosts, peers, proxied)
         self._watch = Watch(keeper, engines)
         self._pages = _make_pages(self, engines)

@@ -1,9 +1,9 @@
 """Parameters and texts of statements as they may be shown: secrets are replaced by stars.
 
 A parameter is a secret if the name of its bind, or of the column that it is for, says so: ``password``, ``api_key``,
-``reset_token``. Where the names are not known, such as in ``exec_driver_sql("… WHERE token = ?", …)``, and the statement
-names a secret, all of its parameters are. A text that names a secret in itself, as JSON does, is one. The engine's
-``hide_parameters`` hides all.
+``reset_token``. Where the names are not known, such as in ``exec_driver_sql("… WHERE token = ?", …)``, and the
+statement names a secret, all of its parameters are. A text that names a secret in itself, as JSON does, is one. The
+engine's ``hide_parameters`` hides all.
 """
 
 from __future__ import annotations
