@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import ORMExecuteState
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-__all__ = ["record_engine", "record_objects", "recorded"]
+__all__ = ["record_engine", "record_objects", "recorded", "recorded_name"]
 
 #: Records of everything that the process does, whichever request it is in: those of tests.
 _sinks: list[Record] = []
@@ -95,6 +95,11 @@ def record_engine(engine: Engine, name: str) -> None:
     event.listen(engine, "engine_disposed", listeners.time_pool)
     listeners.time_pool(engine)
     listeners.time_ends(engine.dialect)
+
+
+def recorded_name(engine: Engine) -> str | None:
+    """What records call an engine; None if it is not recorded."""
+    return _names.get(engine)
 
 
 class _EngineListeners:
