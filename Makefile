@@ -9,10 +9,10 @@ WORKERS ?= $(if $(TESTS),0,4)
 PYTEST = -m pytest -n $(WORKERS) $(TESTS)
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test coverage lint types docs dist bench clean
+.PHONY: help demo test coverage lint types docs screenshots dist bench clean
 
 help: ## list the targets, which is what "make" does
-	@sed -n 's/^\([a-z]*\):.* ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 17
+	@sed -n 's/^\([a-z]*\):.* ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo
 	@echo 'The virtual environment is $(VENV) (VENV=...) of $(PYTHON) (PYTHON=python3.12).'
 
@@ -42,6 +42,9 @@ types: $(VENV)/installed-lint ## check types, with mypy
 docs: $(VENV)/installed-docs ## build the documentation's pages
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
 	@echo 'The pages are in docs/_build/html: begin with docs/_build/html/index.html'
+
+screenshots: $(VENV)/installed-screenshots ## make the pictures in docs/_static; needs chromium and chromedriver
+	$(BIN)/python docs/screenshots.py
 
 dist: $(VENV)/installed-dist ## build the sdist, and the wheel from it, in dist/
 	rm -rf dist

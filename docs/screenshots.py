@@ -69,7 +69,8 @@ def take(driver: Any, name: str, first: str, last: str) -> None:
     )
     picture = Image.open(io.BytesIO(base64.b64decode(taken["data"]))).convert("RGB")
     path = FOLDER / f"{name}.png"
-    picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    # Median cut would leave out the colors of a few letters.
+    picture.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
     size = path.stat().st_size
     assert size < BYTES_AT_MOST, f"{path.name} has {size} bytes"
     print(f"{path.relative_to(ROOT)}: {picture.width} x {picture.height}, {size} bytes")
@@ -79,19 +80,19 @@ def main() -> None:
     with demo() as (address, inspector), browsing() as driver:
         show_as(driver, WIDTH, "light")
         driver.get(f"{address}experiments/")
-        for name in ("failure", "streams", "n-plus-one", "last-ticket"):
+        for name in ("failure", "streams", "last-ticket"):
             button = driver.find_element("css selector", f"#{name} button")
             button.click()
             wait_for_next_page(driver, button)
-        take(driver, "experiments", "#failure", "#last-ticket")
+        take(driver, "experiment-failure", "#failure", "#failure")
+        take(driver, "experiment-streams", "#streams", "#streams")
         driver.get(inspector)
-        take(driver, "inspector", "main", "main")
-        # The buyer who was told so in the second attempt.
+        # The buyer who was told in the second attempt that it is sold out.
         row = next(each for each in driver.find_elements("css selector", "#requests tr") if "409" in each.text)
         link = row.find_element("css selector", "a")
         link.click()
         wait_for_next_page(driver, link)
-        take(driver, "inspector-request", "main", "#ends")
+        take(driver, "inspector", "main", "#statements")
 
 
 if __name__ == "__main__":

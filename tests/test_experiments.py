@@ -40,12 +40,20 @@ def app(monkeypatch, tmp_path) -> Iterator[Any]:
     shutil.copy(EXAMPLES / "guestbook" / "development.ini", tmp_path)
     app = loadapp(f"config:{tmp_path}/development.ini")
     yield app
-    for mounted in app.mounts.values():
+    for mounted in mounts_of(app).values():
         mounted.dispose()
     # Other tests count on their own tables being all that is in the shared metadata.
     for name in [each for each in sys.modules if each.partition(".")[0] in ("guestbook", "experiments")]:
         del sys.modules[name]
     metadata.remove(metadata.tables["guestbook_entry"])
+
+
+def mounts_of(app: Any) -> dict[str, Any]:
+    """What the application has by its paths, inside of all middleware."""
+    while not hasattr(app, "mounts"):
+        app = app.app
+    mounts: dict[str, Any] = app.mounts
+    return mounts
 
 
 class Server(ThreadingMixIn, WSGIServer):
@@ -209,7 +217,7 @@ def test_the_relationship_and_the_cure_are_named_when_each_row_sends_a_select(vi
 
 
 def test_all_connections_are_back_when_every_button_was_pressed_twice(app, visit):
-    mounted = app.mounts["/experiments"]
+    mounted = mounts_of(app)["/experiments"]
     names = list(mounted.app.experiments)
     found = {name: press(visit, name) for name in names if name != "outage"}
     assert len(found) == 6
@@ -221,7 +229,7 @@ def test_all_connections_are_back_when_every_button_was_pressed_twice(app, visit
 
 
 def test_real_streams_hold_nothing_when_browsers_have_them_open(app, port):
-    library, hand = (shop.database for shop in app.mounts["/experiments"].shops)
+    library, hand = (shop.database for shop in mounts_of(app)["/experiments"].shops)
     Client(app).post("/experiments/failure", buffered=True)  # It creates the tables.
     with ExitStack() as opened:
 

@@ -32,7 +32,7 @@ def examples(monkeypatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
     # Other tests count on their own tables being all that is in the shared metadata.
-    for name in [each for each in sys.modules if each.partition(".")[0] == "guestbook"]:
+    for name in [each for each in sys.modules if each.partition(".")[0] in ("guestbook", "experiments")]:
         del sys.modules[name]
     if "guestbook_entry" in metadata.tables:
         metadata.remove(metadata.tables["guestbook_entry"])
@@ -59,8 +59,15 @@ def books(examples, development_ini) -> Iterator[TestApp]:
     """Everything in development.ini, with its SQLite files in a folder of the test's own."""
     app = loadapp(f"config:{development_ini}")
     yield TestApp(app)
-    for mounted in app.mounts.values():
+    for mounted in mounts_of(app).values():
         mounted.dispose()
+
+
+def mounts_of(app: Any) -> dict[str, Any]:
+    """What the application has by its paths, inside of all middleware."""
+    while not hasattr(app, "mounts"):
+        app = app.app
+    return app.mounts
 
 
 @pytest.fixture
@@ -181,6 +188,8 @@ def test_the_export_streams_every_entry_when_there_are_more_than_a_batch(book):
     assert book.app.engine.pool.checkedout() == 0
 
 
+# PyMySQL says so: the transaction is rolled back before the body is closed, and reads the rest.
+@pytest.mark.filterwarnings("ignore:Previous unbuffered result was left incomplete:UserWarning")
 def test_the_connection_is_given_back_when_a_reader_of_the_export_goes_away(book):
     write(book, 1203)
     environ = {"REQUEST_METHOD": "GET", "SCRIPT_NAME": "", "PATH_INFO": "/export.csv"}
@@ -223,7 +232,7 @@ def test_red_and_blue_keep_their_entries_apart_when_one_is_signed(books, tmp_pat
 
 
 def test_links_stay_inside_when_the_application_is_mounted_somewhere(books):
-    write(SimpleNamespace(app=books.app.mounts["/red"]), 11)
+    write(SimpleNamespace(app=mounts_of(books.app)["/red"]), 11)
     mounted = {"SCRIPT_NAME": "/a b"}
 
     def links(path: str, status: int = 200) -> set[str]:
@@ -263,6 +272,16 @@ def test_it_serves_where_it_says_when_it_is_started_as_a_program(command):
         assert '<p class="message">Hello</p>' in exchange(connection, "GET", "/red/")[1]
         assert "Hello" not in exchange(connection, "GET", "/blue/")[1]
         assert exchange(connection, "GET", "/red/export.csv")[1].endswith(",Ada,Hello\r\n")
+        told = re.fullmatch(
+            rf"What .*: http://127\.0\.0\.1:{found[1]}(/_sqlasession/\?token=\S+)\n", server.stdout.readline()
+        )
+        assert told
+        connection.request("GET", told[1])
+        with connection.getresponse() as entered:
+            cookie = entered.headers["Set-Cookie"].partition(";")[0]
+        seen = exchange(connection, "GET", "/_sqlasession/", None, {"Cookie": cookie})[1]
+        assert "<b>POST</b> /red/" in seen
+        assert exchange(connection, "GET", "/_sqlasession/")[0] == 404
         connection.close()
     finally:
         server.terminate()

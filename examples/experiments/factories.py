@@ -18,7 +18,7 @@ from .page import Page
 from .runs import Shop
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 __all__ = ["Experiments", "entrance", "experiments"]
 
@@ -43,9 +43,9 @@ class Experiments(DispatcherMiddleware):
             shop.database.dispose()
 
 
-def entrance(app: WSGIApplication, global_conf: Mapping[str, str]) -> Entrance:
-    """A ``paste.filter_app_factory``."""
-    return Entrance(app)
+def entrance(global_conf: Mapping[str, str]) -> type[Entrance]:
+    """A ``paste.filter_factory``: it returns what wraps an application."""
+    return Entrance
 
 
 def experiments(global_conf: Mapping[str, str], folder: str) -> Experiments:
