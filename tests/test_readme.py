@@ -9,6 +9,9 @@ import textwrap
 from pathlib import Path
 from urllib.request import urlopen
 
+from docutils import nodes
+from docutils.core import publish_doctree
+
 from .ports import free_port
 
 README = Path(__file__).parent.parent / "README.rst"
@@ -18,6 +21,17 @@ def read_example() -> str:
     block = re.search(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", README.read_text(encoding="utf-8"))
     assert block is not None
     return textwrap.dedent(block.group(1)).strip() + "\n"
+
+
+def test_pictures_are_there_small_and_described() -> None:
+    document = publish_doctree(
+        README.read_text(encoding="utf-8"), settings_overrides={"report_level": 2, "halt_level": 2}
+    )
+    pictures = list(document.findall(nodes.image))
+    assert len(pictures) == 2
+    for each in pictures:
+        assert (README.parent / each["uri"]).stat().st_size < 150_000
+        assert each["alt"]
 
 
 def test_example_is_at_most_fifteen_lines_long() -> None:
