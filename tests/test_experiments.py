@@ -179,6 +179,15 @@ def test_the_database_comes_back_when_another_button_is_pressed(visit):
     assert visit("GET", "/experiments/by-hand/")[0] == 200
 
 
+def test_the_demo_begins_anew_when_the_last_one_ended_while_the_database_was_away(app, tmp_path):
+    for name in ("experiments-library.db", "experiments-library.away.db", "experiments-library.db-wal"):
+        (tmp_path / name).write_bytes(b"left over")
+    status = Client(app).get("/experiments/library/", buffered=True).status_code
+    page = BeautifulSoup(Client(app).get("/experiments/").text, "html.parser")
+    assert status == 200
+    assert page.select_one("#outage button").text == "Take the database away"
+
+
 def test_open_streams_hold_no_connection_when_there_are_twenty(visit):
     library, hand = press(visit, "streams")
     assert library.facts == {"Streams that got an event": "20", "Connections held by the open streams": "0 of 2"}
@@ -230,7 +239,6 @@ def test_all_connections_are_back_when_every_button_was_pressed_twice(app, visit
 
 def test_real_streams_hold_nothing_when_browsers_have_them_open(app, port):
     library, hand = (shop.database for shop in mounts_of(app)["/experiments"].shops)
-    Client(app).post("/experiments/failure", buffered=True)  # It creates the tables.
     with ExitStack() as opened:
 
         def watch(path: str) -> int:
@@ -268,7 +276,6 @@ def test_the_page_shows_both_sides_and_the_code_before_a_button_is_pressed(visit
 
 def test_every_link_of_the_page_leads_somewhere_when_it_is_mounted(app):
     client = Client(app)
-    client.post("/experiments/failure", buffered=True)
     mounted = {"SCRIPT_NAME": "/a b"}
     page = BeautifulSoup(client.get("/experiments/", environ_overrides=mounted).text, "html.parser")
     links = {each["href"] for each in page.select("[href]")} | {each["action"] for each in page.select("form")}

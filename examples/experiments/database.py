@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, delete, event, func, select
@@ -27,7 +28,7 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._moved = path.with_suffix(".away")
+        self._moved = path.with_suffix(".away.db")
         # mode=rw: SQLite would create a file that is not there.
         url = URL.create("sqlite", database=path.as_uri(), query={"mode": "rw", "uri": "true"})
         self.engine = create_engine(url, pool_size=POOL_SIZE, max_overflow=0, pool_timeout=1)
@@ -38,6 +39,7 @@ class Database:
         listen(self.engine)
         event.listen(self.engine, "handle_error", tell_of_outage)
         self._exists = False
+        self._creating = Lock()
 
     @property
     def is_away(self) -> bool:
@@ -54,9 +56,11 @@ class Database:
 
     def fill(self) -> None:
         """Store what the experiments begin with: ten concerts, each with two orders and one ticket left."""
+        self.create()
         self.bring_back()
-        if not self._exists:
-            self._create()
+        self._store()
+
+    def _store(self) -> None:
         with Session(self._own) as session:
             session.execute(delete(Order))
             session.execute(delete(Concert))
@@ -65,8 +69,17 @@ class Database:
                 session.add(Concert(id=number, name=f"Concert {number}", tickets=1, orders=orders))
             session.commit()
 
+    def create(self) -> None:
+        """Create the file with its tables, once."""
+        if not self._exists:
+            with self._creating:
+                if not self._exists:
+                    self._create()
+                    self._store()
+                    self._exists = True
+
     def _create(self) -> None:
-        for path in self.path.parent.glob(f"{self.path.name}*"):
+        for path in self.path.parent.glob(f"{self.path.stem}.*"):
             path.unlink()
         self.path.touch()
         with self._own.connect() as connection:
@@ -74,7 +87,6 @@ class Database:
             driver_connection: Any = connection.connection
             driver_connection.execute("PRAGMA journal_mode = WAL")
         Base.metadata.create_all(self._own)
-        self._exists = True
 
     def count_orders(self) -> int:
         """How many orders there are beyond those of :meth:`fill`."""

@@ -34,6 +34,8 @@ class Experiments(DispatcherMiddleware):
         self.shops = shops
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        for shop in self.shops:
+            shop.database.create()
         enter(environ, super().__call__)
         return super().__call__(environ, start_response)
 

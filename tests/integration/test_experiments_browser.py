@@ -133,10 +133,6 @@ def test_the_pages_lead_to_each_other_when_their_links_are_followed(driver: Any,
 
 
 def test_the_stream_arrives_when_it_is_opened_in_the_browser(driver: Any, demo: str) -> None:
-    driver.get(f"{demo}experiments/")
-    button = button_of(driver, "failure")
-    button.click()
-    wait_for_next_page(driver, button)
     driver.set_script_timeout(PATIENCE)
     driver.get(demo)
     received = driver.execute_async_script(
