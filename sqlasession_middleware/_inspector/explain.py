@@ -12,6 +12,7 @@ from contextvars import Context
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlparse
+from sqlalchemy.pool import StaticPool
 
 from .._database.pings import SharedConnection, own_connection
 from .._drivers.registry import driver_of
@@ -68,6 +69,8 @@ def explain(original: Original, engines: Engines, analyze: bool) -> Plan:
         return Plan([], [], "It is not run, because it may write or lock something.")
     (engine,) = found
     try:
+        if isinstance(engine.pool, StaticPool):  # A further connection may be to another database, in memory.
+            raise SharedConnection
         # In a context of its own: nothing of what the connection does belongs to this request.
         plan: Plan = Context().run(_ask, engine, original, is_read, analyze)
     except SharedConnection:

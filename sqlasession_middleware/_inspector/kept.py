@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -100,7 +101,6 @@ def keep(record: Record, number: str, engines: Engines, told: Mapping[str, Any])
             originals[index] = original
     repeats = find_repeats(statements)
     numbers = {id(each): index for index, each in enumerate(statements)}
-    end = record.end
     data = {
         "id": number,
         "process": os.getpid(),
@@ -108,8 +108,7 @@ def keep(record: Record, number: str, engines: Engines, told: Mapping[str, Any])
         "method": record.method,
         "path": record.path,
         "status": record.status,
-        "is_running": not end,
-        "seconds": (end or max([begin, *(each.end for each in statements)])) - begin,
+        "seconds": (record.end or perf_counter()) - begin,
         "database": record.seconds,
         "waited": record.waited,
         "fetched": 0.0,

@@ -157,7 +157,12 @@ class _Running:
 
     def keep(self, engines: Engines) -> Kept:
         """What is kept of it, or what there is so far."""
-        told = {"query": self._query, "raised": self.raised, "status": self.status}
+        told = {
+            "query": self._query,
+            "raised": self.raised,
+            "status": self.status,
+            "is_running": not self.is_over,
+        }
         return keep(self.record, self.number, engines, told)
 
 
