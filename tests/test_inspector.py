@@ -23,6 +23,8 @@ from werkzeug.wsgi import FileWrapper
 
 from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware._inspector.access import Access
+from sqlasession_middleware._inspector.sql import first_words, highlighted
+from sqlasession_middleware._inspector.timeline import draw, summed
 from sqlasession_middleware.errors import ConfigurationError
 from sqlasession_middleware.inspector import InspectorMiddleware
 
@@ -706,3 +708,77 @@ def test_site_may_be_below_a_path(make: Any) -> None:
     assert f"Path=/shop{PATH}/" in cookie
     page = site.ask(f"{PATH}/", **{**below, "HTTP_COOKIE": cookie.partition(";")[0]}).text
     assert f'href="/shop{PATH}/static/style.css"' in page
+
+
+def test_inspector_inside_of_a_request_uses_the_record_that_is_there() -> None:
+    inspector = InspectorMiddleware(shop, token=TOKEN)
+
+    def with_a_copy(environ: Environ, start: StartResponse) -> Any:
+        return inspector(dict(environ), start)
+
+    for options in ({"server_timing": True}, {}):
+        database = SQLASessionMiddleware(with_a_copy, "sqlite://", **options)
+        site = Site(database)
+        site.sent["HTTP_COOKIE"] = f"sqlasession_inspector={inspector._access._cookie}"
+        # The engine is known from the first request on.
+        response = site.work(lambda: session.execute(text("SELECT 1")))
+        response = site.work(lambda: session.execute(text("SELECT 1")))
+        assert site.requests()[0]["queries"] == 1
+        if options:
+            assert '1 query"' in response.headers["Server-Timing"]
+
+
+def test_failed_commit_is_shown(make: Any) -> None:
+    engine = create_engine("sqlite://")
+    driver_error = engine.dialect.loaded_dbapi.OperationalError
+
+    def do_commit(connection: Any) -> None:
+        raise driver_error("database is locked")
+
+    engine.dialect.do_commit = do_commit  # type: ignore[method-assign]
+    database = SQLASessionMiddleware(shop, engine, transaction=True)
+    site = Site(InspectorMiddleware(database, token=TOKEN))
+    site.log_in()
+    with suppress(DBAPIError):
+        site.work(lambda: session.execute(text("SELECT 1")))
+    data = site.last()
+    assert [each["error"] for each in data["ends"] if each["kind"] == "commit"] == ["OperationalError"]
+    assert '<span class="bad">OperationalError</span>' in site.page(f"/r/{data['id']}")
+
+
+def span(begin: float, end: float, **more: Any) -> dict[str, Any]:
+    return {"engine": "default", "connection": 1, "attempt": 1, "begin": begin, "end": end, **more}
+
+
+def test_moments_of_the_sum_belong_to_one_thing() -> None:
+    """Two connections at the same time, one held to the end of the request, and rows that were fetched."""
+    data = {
+        "seconds": 10.0,
+        "attempts": 1,
+        "waits": [span(0, 1, kind="pool"), span(1, 2, kind="connect")],
+        "holds": [span(2, 8), span(3, None, connection=2)],
+        "statements": [
+            {**span(3, 0), "seconds": 2.0, "fetched": 1.0, "sql": "SELECT 1"},
+            {**span(4, 0, connection=2), "seconds": 2.0, "fetched": 0.0, "sql": "SELECT 2"},
+        ],
+        "ends": [span(7, 7.5, kind="commit"), span(9, 9.5, kind="rollback", engine="other")],
+    }
+    found = {part.kind: part.seconds for part in summed(data)}
+    assert found == {"commit": 0.5, "rollback": 0.5, "statement": 3, "connect": 1, "pool": 1, "hold": 4}
+    assert sum(part.bar.width for part in summed(data)) == pytest.approx(1000)
+    lanes = {lane.title: [bar.kind for bar in lane.bars] for lane in draw(data)}
+    assert lanes == {
+        "waits": ["pool", "connect"],
+        "default, connection 1": ["hold", "statement", "fetch"],
+        "default, connection 2": ["hold", "statement", "commit"],
+        "other, connection ?": ["rollback"],
+    }
+    assert summed({**data, "seconds": 0.0, "waits": [], "holds": [], "statements": [], "ends": []}) == []
+
+
+def test_statement_that_cannot_be_laid_out_is_shown(make: Any) -> None:
+    deep = f"SELECT {'(' * 2000}1{')' * 2000}"
+    assert str(highlighted(deep)).count("(") == 2000
+    assert highlighted("<b>" * 3000) == "&lt;b&gt;" * 3000
+    assert first_words("SELECT a.id, a.name, a.password, a.further FROM a") == "SELECT … FROM a"
+    assert len(first_words(f"UPDATE a SET b = {'1' * 500}")) == 161

@@ -15,6 +15,7 @@ from weakref import ref
 import pytest
 from paste.deploy import loadapp
 from sqlalchemy import StaticPool, create_engine, insert, select, text, update
+from sqlalchemy.exc import DBAPIError
 from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, session
@@ -262,9 +263,12 @@ def test_plans_that_there_are_not(make: Any) -> None:
         session.execute(text(f"SELECT '{'x' * 30_000}'"))
         session.execute(text("-- UPDATE\nSELECT 1 /* DELETE */"))
         session.execute(insert(Author), [{"name": "Ada"}, {"name": "Lin"}])
+        with pytest.raises(DBAPIError):
+            session.connection().exec_driver_sql("SELECT ?", (object(),))
 
     site.work(work)
-    problems = [site.explain(number)["problem"] for number in range(5)]
+    problems = [site.explain(number)["problem"] for number in range(6)]
+    assert problems.pop() == problems[1]
     assert problems[0] == "Only SELECT, INSERT, UPDATE, DELETE and their like have a plan, one at a time."
     assert problems[1] == "Its values are too large to be kept, or not of Python's own classes."
     assert problems[2] == "It is too long to be kept as it was sent."
@@ -401,6 +405,7 @@ def test_folder_has_to_be_the_user_s_own(folder: Path) -> None:
 FORKING = """
 import os, sys
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from werkzeug.test import Client
 from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware.inspector import InspectorMiddleware
@@ -489,3 +494,23 @@ def test_nothing_is_imported_before_an_inspector_is_made() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_file_that_is_none_of_sqlite_is_made_anew(make: Any, folder: Path) -> None:
+    folder.mkdir(0o700)
+    (folder / "requests.sqlite3").write_bytes(b"no database" * 1000)
+    site = make(store=str(folder))
+    site.work(read, "/one")
+    assert [each["path"] for each in site.requests()] == ["/one"]
+    assert site.inspector._watch.find("nothing") is None
+
+
+def test_folder_that_became_a_file_is_no_trouble(make: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    site = make(store=str(folder))
+    for each in folder.iterdir():
+        each.unlink()
+    folder.rmdir()
+    folder.touch()
+    assert site.work(read).data == b"done"
+    assert site.requests() == []
+    assert "cannot be kept" in caplog.text

@@ -7,7 +7,7 @@ and is rolled back and closed. A statement that may write is never run.
 from __future__ import annotations
 
 import re
-from contextlib import closing
+from contextlib import closing, suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -83,7 +83,8 @@ def explain(original: Original, engines: Engines, analyze: bool) -> Plan:
 
 def _ask(engine: Engine, original: Original, is_read: bool, analyze: bool) -> Plan:
     driver = driver_of(engine)
-    with own_connection(engine, SECONDS) as connection:
+    # The server ends what takes too long before the driver gives it up.
+    with own_connection(engine, 2 * SECONDS) as connection:
         try:
             with closing(connection.cursor()) as cursor:
                 prefix = driver.server.begin_explaining(cursor, is_read, analyze, SECONDS)
@@ -95,7 +96,8 @@ def _ask(engine: Engine, original: Original, is_read: bool, analyze: bool) -> Pl
                 rows = [["" if cell is None else str(cell) for cell in row] for row in cursor.fetchmany(ROWS)]
                 return Plan(columns, rows)
         finally:
-            connection.rollback()
+            with suppress(Exception):  # It may be lost. Whatever it has is undone when it is closed.
+                connection.rollback()
 
 
 def _masked(plan: Plan, original: Original, engines: Engines) -> Plan:

@@ -119,21 +119,18 @@ class Store:
         originals = {int(key): _read_original(*values) for key, values in loads(row[1]).items()}
         return Kept(loads(row[0]), originals)
 
-    def _do(self, what: Callable[[sqlite3.Connection], Result], otherwise: Result) -> Result:
+    def _do(self, what: Callable[[sqlite3.Connection], Result], otherwise: Result, may_renew: bool = True) -> Result:
         """Do something with the file; once more with a new one, if this one is damaged."""
         with self._lock:
-            for is_last in (False, True):
-                try:
-                    with self._connected() as connection:
-                        return what(connection)
-                except (sqlite3.Error, OSError) as error:
-                    is_damaged = isinstance(error, sqlite3.DatabaseError) and not _is_busy(error)
-                    if is_damaged and not is_last:
-                        self._remove()
-                    else:
-                        self._complain(error)
-                        break
-            return otherwise
+            try:
+                with self._connected() as connection:
+                    return what(connection)
+            except (sqlite3.Error, OSError) as error:
+                if may_renew and isinstance(error, sqlite3.DatabaseError) and not _is_busy(error):
+                    self._remove()
+                    return self._do(what, otherwise, may_renew=False)
+                self._complain(error)
+                return otherwise
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
@@ -158,10 +155,9 @@ class Store:
             Path(f"{self._file}{end}").unlink(missing_ok=True)
 
     def _close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with suppress(sqlite3.Error):
-                connection.close()
+        with suppress(sqlite3.Error, AttributeError):  # There may be none.
+            self._connection.close()  # type: ignore[union-attr]  # then there is nothing to close
+        self._connection = None
 
     def _complain(self, error: Exception) -> None:
         if not self._has_complained:
