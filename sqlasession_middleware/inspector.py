@@ -138,12 +138,11 @@ class _Applications:
 
     def add(self, found: Iterable[Any]) -> None:
         """Record the engines of applications that are not known yet."""
-        for application in found:
-            if isinstance(application, SQLASessionMiddleware) and application not in self._known:
-                with self._lock:
-                    if application not in self._known:
-                        self._known.append(application)
-                        self._record(application, len(self._known))
+        with self._lock:
+            for application in found:
+                if isinstance(application, SQLASessionMiddleware) and application not in self._known:
+                    self._known.append(application)
+                    self._record(application, len(self._known))
 
     def _record(self, application: SQLASessionMiddleware, number: int) -> None:
         record_objects()

@@ -7,11 +7,12 @@ and is rolled back and closed. A statement that may write is never run.
 from __future__ import annotations
 
 import re
-from contextlib import closing
+from contextlib import closing, suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlparse
+from sqlalchemy.pool import StaticPool
 
 from .._database.pings import SharedConnection, own_connection
 from .._drivers.registry import driver_of
@@ -68,6 +69,8 @@ def explain(original: Original, engines: Engines, analyze: bool) -> Plan:
         return Plan([], [], "It is not run, because it may write or lock something.")
     (engine,) = found
     try:
+        if isinstance(engine.pool, StaticPool):  # A further connection may be to another database, in memory.
+            raise SharedConnection
         # In a context of its own: nothing of what the connection does belongs to this request.
         plan: Plan = Context().run(_ask, engine, original, is_read, analyze)
     except SharedConnection:
@@ -80,7 +83,8 @@ def explain(original: Original, engines: Engines, analyze: bool) -> Plan:
 
 def _ask(engine: Engine, original: Original, is_read: bool, analyze: bool) -> Plan:
     driver = driver_of(engine)
-    with own_connection(engine, SECONDS) as connection:
+    # The server ends what takes too long before the driver gives it up.
+    with own_connection(engine, 2 * SECONDS) as connection:
         try:
             with closing(connection.cursor()) as cursor:
                 prefix = driver.server.begin_explaining(cursor, is_read, analyze, SECONDS)
@@ -92,7 +96,8 @@ def _ask(engine: Engine, original: Original, is_read: bool, analyze: bool) -> Pl
                 rows = [["" if cell is None else str(cell) for cell in row] for row in cursor.fetchmany(ROWS)]
                 return Plan(columns, rows)
         finally:
-            connection.rollback()
+            with suppress(Exception):  # It may be lost. Whatever it has is undone when it is closed.
+                connection.rollback()
 
 
 def _masked(plan: Plan, original: Original, engines: Engines) -> Plan:

@@ -7,8 +7,9 @@ not. Times are seconds since the begin of the request.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .._recording.record import Record, Statement
     from .._recording.stacks import Stack
 
-__all__ = ["SUMMARY", "Engines", "Kept", "Original", "keep", "query_names", "size_of"]
+__all__ = ["SUMMARY", "Engines", "Kept", "Original", "keep", "query_names", "size_of", "summary"]
 
 #: What the list shows of a request.
 SUMMARY: Final = (
@@ -100,7 +101,6 @@ def keep(record: Record, number: str, engines: Engines, told: Mapping[str, Any])
             originals[index] = original
     repeats = find_repeats(statements)
     numbers = {id(each): index for index, each in enumerate(statements)}
-    end = record.end
     data = {
         "id": number,
         "process": os.getpid(),
@@ -108,8 +108,7 @@ def keep(record: Record, number: str, engines: Engines, told: Mapping[str, Any])
         "method": record.method,
         "path": record.path,
         "status": record.status,
-        "is_running": not end,
-        "seconds": (end or max([begin, *(each.end for each in statements)])) - begin,
+        "seconds": (record.end or perf_counter()) - begin,
         "database": record.seconds,
         "waited": record.waited,
         "fetched": 0.0,
@@ -209,7 +208,6 @@ def _keep_statement(statement: Statement, begin: float, engines: Engines) -> tup
         "has_secrets": masked.has_secrets,
         "error": None if error is None else engines.clean(shown_error(error, masked), name),
         "stack": _stack(statement.stack),
-        "place": _place(statement.stack),
         "explain": reason,
     }
     return data, original
@@ -251,18 +249,6 @@ def _stack(stack: Stack) -> str:
     return "\n".join(line if line.startswith("  File ") else mask_source(line) for line in lines)
 
 
-@lru_cache(1000)
-def _place(stack: Stack) -> str:
-    lines = _stack(stack).strip().splitlines()
-    places = [line.strip() for line in lines if line.lstrip().startswith('File "')]
-    return places[-1] if places else ""
-
-
 def summary(data: Mapping[str, Any]) -> dict[str, Any]:
     """What the list shows of a request."""
     return {name: data[name] for name in SUMMARY}
-
-
-def summaries(requests: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same of several."""
-    return [summary(each) for each in requests]

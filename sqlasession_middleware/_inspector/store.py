@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from json import dumps, loads
 from pathlib import Path
@@ -84,8 +84,9 @@ class Store:
 
     def add(self, kept: Kept) -> None:
         """Keep a request, and forget the oldest ones."""
-        data = dumps(_explained(kept))
-        originals = dumps({number: each[:4] for number, each in kept.originals.items() if _is_storable(each)})
+        storable = {number: each for number, each in kept.originals.items() if _is_storable(kept, number)}
+        originals = dumps({number: each[:4] for number, each in storable.items()})
+        data = dumps(_explained(kept, storable))
         row = kept.data["id"], dumps(summary(kept.data)), data, originals, len(data) + len(originals)
 
         def insert(connection: sqlite3.Connection) -> None:
@@ -118,21 +119,18 @@ class Store:
         originals = {int(key): _read_original(*values) for key, values in loads(row[1]).items()}
         return Kept(loads(row[0]), originals)
 
-    def _do(self, what: Callable[[sqlite3.Connection], Result], otherwise: Result) -> Result:
+    def _do(self, what: Callable[[sqlite3.Connection], Result], otherwise: Result, may_renew: bool = True) -> Result:
         """Do something with the file; once more with a new one, if this one is damaged."""
         with self._lock:
-            for is_last in (False, True):
-                try:
-                    with self._connected() as connection:
-                        return what(connection)
-                except (sqlite3.Error, OSError) as error:
-                    is_damaged = isinstance(error, sqlite3.DatabaseError) and not _is_busy(error)
-                    if is_damaged and not is_last:
-                        self._remove()
-                    else:
-                        self._complain(error)
-                        break
-            return otherwise
+            try:
+                with self._connected() as connection:
+                    return what(connection)
+            except (sqlite3.Error, OSError) as error:
+                if may_renew and isinstance(error, sqlite3.DatabaseError) and not _is_busy(error):
+                    self._remove()
+                    return self._do(what, otherwise, may_renew=False)
+                self._complain(error)
+                return otherwise
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
@@ -141,12 +139,13 @@ class Store:
             self._close()
         if self._connection is None:
             self._folder.mkdir(0o700, parents=True, exist_ok=True)  # Somebody may have deleted it.
+            # SQLite makes its other files with the mode of this one.
+            os.close(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600))
             connection = sqlite3.connect(self._file, _PATIENCE, isolation_level=None, check_same_thread=False)
             self._connection = connection
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = OFF")
             connection.execute(_TABLE)
-            self._file.chmod(0o600)
             self._identity = _identity(self._file)
         yield self._connection
 
@@ -156,10 +155,9 @@ class Store:
             Path(f"{self._file}{end}").unlink(missing_ok=True)
 
     def _close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with suppress(sqlite3.Error):
-                connection.close()
+        with suppress(sqlite3.Error, AttributeError):  # There may be none.
+            self._connection.close()  # type: ignore[union-attr]  # then there is nothing to close
+        self._connection = None
 
     def _complain(self, error: Exception) -> None:
         if not self._has_complained:
@@ -199,18 +197,20 @@ def _is_busy(error: sqlite3.DatabaseError) -> bool:
     return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
 
 
-def _is_storable(original: Original) -> bool:
-    """Whether the values of a statement may be in the file: none of them is hidden, and JSON has all of them."""
+def _is_storable(kept: Kept, number: int) -> bool:
+    """Whether a statement may be in the file as it was sent: nothing of it is hidden, and JSON has its values."""
+    original = kept.originals[number]
     values = original.parameters
     each = values.values() if isinstance(values, dict) else values
-    return not original.secrets and all(type(value) in _PLAIN for value in each)
+    is_shown = not original.secrets and kept.data["statements"][number]["sql"] == original.sql
+    return is_shown and all(type(value) in _PLAIN for value in each)
 
 
-def _explained(kept: Kept) -> dict[str, Any]:
+def _explained(kept: Kept, storable: Collection[int]) -> dict[str, Any]:
     """The data, with the reason why a statement cannot be explained that could be in memory."""
     statements = list(kept.data["statements"])
-    for number, original in kept.originals.items():
-        if not _is_storable(original):
+    for number in kept.originals:
+        if number not in storable:
             reason = "Requests are kept in a file, without values that are hidden or are not those of JSON."
             statements[number] = {**statements[number], "explain": reason}
     return {**kept.data, "statements": statements}

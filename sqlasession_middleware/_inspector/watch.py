@@ -14,7 +14,7 @@ from weakref import ref
 
 from .._database.forks import after_fork, fork_safe_lock
 from .._recording.record import RECORD, Record
-from .._scope.scope import ENDED, Scope, current
+from .._scope.scope import ENDED, Scope, running_scope
 from .._wsgi.bodies import iterate
 from .._wsgi.file_wrapper import call_with_file_wrapper
 from .kept import Engines, Kept, keep, query_names, summary
@@ -74,21 +74,21 @@ class Watch:
         return _Body(body, running, self._close)
 
     def _begin(self, environ: WSGIEnvironment) -> _Running:
-        scope = current.get(None)
-        around = scope if isinstance(scope, Scope) and scope.environ is not None else None
-        if around is not None:
+        around = running_scope()
+        outer = None if around is None else around.environ  # None outside of a request.
+        if outer is not None:
             # A further attempt begins with the environ that the first one began with.
             for each in list(self._running.values()):
                 if each.scope is not None and each.scope() is around:
                     environ[RECORD] = each.record
                     each.is_closed = False
                     return each
-        record = environ.get(RECORD)
-        if record is None:
-            record = environ[RECORD] = Record(environ)
-        if around is not None:
-            around.environ.setdefault(RECORD, record)  # type: ignore[union-attr]  # looked at above
-        running = _Running(record, around, query_names(environ.get("QUERY_STRING", "")))
+        record = environ.get(RECORD) or (outer or {}).get(RECORD) or Record(environ)
+        environ[RECORD] = record
+        if outer is not None:
+            outer[RECORD] = record  # It may have been called with a copy.
+        query = query_names(environ.get("QUERY_STRING", ""))
+        running = _Running(record, None if outer is None else around, query)
         with self._lock:
             self._running[running.number] = running
         return running
@@ -157,7 +157,12 @@ class _Running:
 
     def keep(self, engines: Engines) -> Kept:
         """What is kept of it, or what there is so far."""
-        told = {"query": self._query, "raised": self.raised, "status": self.status}
+        told = {
+            "query": self._query,
+            "raised": self.raised,
+            "status": self.status,
+            "is_running": not self.is_over,
+        }
         return keep(self.record, self.number, engines, told)
 
 

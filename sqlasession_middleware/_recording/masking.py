@@ -186,10 +186,7 @@ def _shown_value(value: Any) -> str:
         return f"({len(value)} bytes)"
     if isinstance(value, _PLAIN):
         return str(value)
-    try:
-        return _shorter.repr(value)[:SHOWN]
-    except Exception:
-        return f"({type(value).__name__})"
+    return _shorter.repr(value)[:SHOWN]  # It takes care of those that fail.
 
 
 def _named(statement: Statement, values: Any) -> Iterator[tuple[str, Any, bool]]:
