@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ return [...new Set(found)];
 def browsing() -> Iterator[Any]:
     """A browser without a window. Skips the test if there is none; with CI set, it fails instead."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    missing += [] if find_spec("selenium") else ["selenium"]
     if missing:
         if os.environ.get("CI"):
             pytest.fail(f"there is no {' and no '.join(missing)}, and CI is set")
