@@ -92,7 +92,7 @@ def main() -> None:
         link = row.find_element("css selector", "a")
         link.click()
         wait_for_next_page(driver, link)
-        take(driver, "inspector", "main", "#statements")
+        take(driver, "inspector", "main", "section[aria-labelledby=statements]")
 
 
 if __name__ == "__main__":
