@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -783,3 +784,28 @@ def test_statement_that_cannot_be_laid_out_is_shown(make: Any) -> None:
     assert highlighted("<b>" * 3000) == "&lt;b&gt;" * 3000
     assert first_words("SELECT a.id, a.name, a.password, a.further FROM a") == "SELECT … FROM a"
     assert len(first_words(f"UPDATE a SET b = {'1' * 500}")) == 161
+
+
+def test_requests_of_threads_are_kept_apart(make: Any, tmp_path: Path) -> None:
+    site = make(options={"binds": {"audit": f"sqlite:///{tmp_path}/audit.db"}})
+    together = threading.Barrier(8)
+
+    def ask(number: int) -> None:
+        def work() -> None:
+            together.wait(60)
+            for _ in range(number + 1):
+                session.execute(text(f"SELECT {number}"))
+            session.execute(text("SELECT 'audit'"), bind_arguments={"bind": site.database.engines["audit"]})
+
+        consume(site.app(environ(work=work, PATH_INFO=f"/{number}"), start_response))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    found = {each["path"]: site.inspector._watch.find(each["id"]).data for each in site.requests()}
+    assert len(found) == 8
+    for number in range(8):
+        sent = [(each["engine"], each["sql"]) for each in found[f"/{number}"]["statements"]]
+        assert sent == [("default", f"SELECT {number}")] * (number + 1) + [("audit", "SELECT 'audit'")]
