@@ -6,29 +6,32 @@ An engine has them once somebody records it; a process that records nothing has 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Engine, event
+from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.orm import Session
 
 from .._database.forks import fork_safe_lock
-from .._database.pool import wrap_connect
+from .._database.lazy_begin import count_waits
 from .._dependencies import calling_frame
+from .._drivers.base import question_listeners
 from .._scope.scope import Scope, current
 from ..failures import Failure, classify
+from .fetching import time_fetching
 from .record import FLUSH, RECORD, End, Hold, Record, Statement, Wait
 from .stacks import take_stack
+from .waits import EndKind, TimedWaits
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
-    from sqlalchemy.engine import Dialect, ExceptionContext
+    from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.orm import ORMExecuteState
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
@@ -45,12 +48,9 @@ _NOTED: Final = "sqlasession_noted"
 _NUMBER: Final = "sqlasession_middleware.number"
 _HOLD: Final = "sqlasession_middleware.hold"
 
-#: when the connection began to be made that is being waited for
-_connecting: ContextVar[float | None] = ContextVar("sqlasession_middleware.connecting", default=None)
 _is_flushing: ContextVar[bool] = ContextVar("sqlasession_middleware.is_flushing", default=False)
 
 _names: WeakKeyDictionary[Engine, str] = WeakKeyDictionary()
-_timed: WeakSet[Dialect] = WeakSet()
 _listening = fork_safe_lock()
 
 
@@ -82,34 +82,35 @@ def record_engine(engine: Engine, name: str) -> None:
         if engine in _names:
             return
         _names[engine] = name
-    listeners = _EngineListeners(name)
-    event.listen(engine, "before_cursor_execute", listeners.begin_statement)
-    event.listen(engine, "after_cursor_execute", listeners.end_statement)
-    event.listen(engine, "handle_error", listeners.fail_statement)
-    event.listen(engine, "do_connect", listeners.begin_connect, insert=True)
-    event.listen(engine, "connect", listeners.end_connect, insert=True)
-    event.listen(engine, "checkout", listeners.begin_hold)
-    event.listen(engine, "checkin", listeners.end_hold)
-    event.listen(engine, "detach", listeners.end_hold)
-    event.listen(engine, "invalidate", listeners.lose)
-    event.listen(engine, "engine_disposed", listeners.time_pool)
-    listeners.time_pool(engine)
-    listeners.time_ends(engine.dialect)
+        if _note_question not in question_listeners:
+            question_listeners.append(_note_question)
+    _EngineListeners(engine, name)
 
 
-class _EngineListeners:
+class _EngineListeners(TimedWaits):
     """The listeners of one engine.
 
-    :param engine: its name.
+    :param name: what the records call it.
     """
 
-    def __init__(self, engine: str) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, name: str) -> None:
+        super().__init__(engine, record_engine)
+        self._engine = name
         self._numbers = count(1)
+        self._dialect = engine.dialect
+        self._is_networked = self._driver.server.is_networked
+        count_waits(engine.dialect, _note_trips)
+        event.listen(engine, "before_cursor_execute", self._begin_statement)
+        event.listen(engine, "after_cursor_execute", self._end_statement)
+        event.listen(engine, "handle_error", self._fail_statement)
+        event.listen(engine, "checkout", self._begin_hold)
+        event.listen(engine, "checkin", self._end_hold)
+        event.listen(engine, "detach", self._end_hold)
+        event.listen(engine, "invalidate", self._lose)
 
     # -- statements
 
-    def begin_statement(
+    def _begin_statement(
         self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, is_many: bool
     ) -> None:
         records, attempt = _records()
@@ -124,17 +125,25 @@ class _EngineListeners:
         statement.is_many = is_many
         statement.rows = -1
         statement.error = None
-        noted = connection.connection.info.get(_HOLD)
+        statement.fetched = 0.0
+        proxy = connection.connection
+        noted = proxy.info.get(_HOLD)
         statement.hold = None if noted is None else noted[0]
         statement.relationship = FLUSH if _is_flushing.get() else context.execution_options.get(_RELATIONSHIP)
         statement.stack = take_stack(calling_frame(1))
+        driver = self._driver
+        is_sent_each = is_many and context.execute_style is ExecuteStyle.EXECUTEMANY
+        trips = driver.waits_of(cursor, sql, len(parameters) if is_sent_each else None)
+        if trips and driver.waits_to_begin(proxy.dbapi_connection):
+            trips += 1
         for record in records:
             record.add(statement)
+            record.trips += trips
         setattr(context, _NOTED, (statement, records))
         statement.end = 0.0
         statement.begin = perf_counter()
 
-    def end_statement(
+    def _end_statement(
         self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, is_many: bool
     ) -> None:
         now = perf_counter()
@@ -145,8 +154,9 @@ class _EngineListeners:
             statement.rows = cursor.rowcount
             for record in records:
                 record.seconds += now - statement.begin
+            time_fetching(context, cursor, statement, records, self._driver.waits_for_rows)
 
-    def fail_statement(self, context: ExceptionContext) -> None:
+    def _fail_statement(self, context: ExceptionContext) -> None:
         now = perf_counter()
         noted = getattr(context.execution_context, _NOTED, None)
         if noted is not None:
@@ -159,19 +169,42 @@ class _EngineListeners:
 
     # -- connections
 
-    def begin_connect(self, dialect: Dialect, entry: ConnectionPoolEntry, arguments: Any, options: Any) -> None:
-        _connecting.set(perf_counter())
-
-    def end_connect(self, driver_connection: Any, entry: ConnectionPoolEntry) -> None:
-        begin = _connecting.get()
-        entry.info[_NUMBER] = next(self._numbers)
+    def wanted(self) -> Any:
         records, attempt = _records()
-        if records and begin is not None:
+        return (records, attempt) if records else None
+
+    def note_connect(self, wanted: Any, entry: ConnectionPoolEntry, begin: float | None) -> None:
+        entry.info[_NUMBER] = next(self._numbers)
+        if wanted and begin is not None:
+            records, attempt = wanted
             wait = Wait("connect", self._engine, attempt, begin, perf_counter())
             for record in records:
                 record.add_wait(wait)
 
-    def begin_hold(self, driver_connection: Any, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+    def note_wait(self, wanted: Any, begin: float, connecting: float | None, error: BaseException | None) -> None:
+        records, attempt = wanted
+        # If it has made a connection, it has waited until then.
+        wait = Wait("pool", self._engine, attempt, begin, connecting or perf_counter())
+        for record in records:
+            record.add_wait(wait)
+
+    def note_end(
+        self, wanted: Any, kind: EndKind, driver_connection: Any, waits: int, begin: float, error: BaseException | None
+    ) -> None:
+        now = perf_counter()
+        records, attempt = wanted
+        is_unknown = error is not None and kind == "commit" and self._is_unknown(error, driver_connection)
+        end = End(kind, self._engine, attempt, begin, now, error, is_unknown, waits > 0)
+        trips = waits if self._is_networked else 0
+        for record in records:
+            record.add_end(end)
+            record.trips += trips
+
+    def note_ping(self) -> None:
+        if self._is_networked:
+            _note_trips(1)
+
+    def _begin_hold(self, driver_connection: Any, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
         records, attempt = _records()
         if records:
             number = entry.info.get(_NUMBER)
@@ -182,7 +215,7 @@ class _EngineListeners:
             for record in records:
                 record.begin_hold(hold)
 
-    def end_hold(self, driver_connection: Any, entry: ConnectionPoolEntry) -> None:
+    def _end_hold(self, driver_connection: Any, entry: ConnectionPoolEntry) -> None:
         noted = entry.info.pop(_HOLD, None)
         if noted is not None:
             hold, records = noted
@@ -190,60 +223,22 @@ class _EngineListeners:
             for record in records:
                 record.end_hold(hold)
 
-    def lose(self, driver_connection: Any, entry: ConnectionPoolEntry, error: BaseException | None) -> None:
-        self.end_hold(driver_connection, entry)
-
-    # -- what SQLAlchemy has no events for
-
-    def time_pool(self, engine: Engine) -> None:
-        """Time the waits for the engine's pool: for the present one, and for that which takes its place."""
-        wrap_connect(engine.pool, self._connect)
-
-    def _connect(self, connect: Callable[[], Any]) -> Any:
-        records, attempt = _records()
-        if not records:
-            return connect()
-        _connecting.set(None)
-        begin = perf_counter()
-        try:
-            return connect()
-        finally:
-            # If it has made a connection, it has waited until then.
-            wait = Wait("pool", self._engine, attempt, begin, _connecting.get() or perf_counter())
-            for record in records:
-                record.add_wait(wait)
-
-    def time_ends(self, dialect: Dialect) -> None:
-        """Time the COMMITs and ROLLBACKs of the engine: its events tell only that they are to come."""
-        if dialect in _timed:
-            return
-        _timed.add(dialect)
-        self._dialect = dialect
-        found: Any = dialect
-        found.do_commit = partial(self._end, "commit", found.do_commit)
-        found.do_rollback = partial(self._end, "rollback", found.do_rollback)
+    def _lose(self, driver_connection: Any, entry: ConnectionPoolEntry, error: BaseException | None) -> None:
+        self._end_hold(driver_connection, entry)
 
     def _is_unknown(self, error: BaseException, driver_connection: Any) -> bool:
         is_lost = self._dialect.is_disconnect(error, driver_connection, None)  # type: ignore[arg-type]  # may be any
         return classify(error, committing=True, disconnected=is_lost) is Failure.UNKNOWN
 
-    def _end(self, kind: Any, end: Callable[[Any], None], driver_connection: Any) -> None:
-        records, attempt = _records()
-        if not records:
-            return end(driver_connection)
-        begin = perf_counter()
-        error: BaseException | None = None
-        try:
-            return end(driver_connection)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            now = perf_counter()
-            is_unknown = error is not None and kind == "commit" and self._is_unknown(error, driver_connection)
-            noted = End(kind, self._engine, attempt, begin, now, error, is_unknown)
-            for record in records:
-                record.add_end(noted)
+
+def _note_trips(trips: int) -> None:
+    """Note that the server was waited for, beside what is told of statements and their transactions."""
+    for record in _records()[0]:
+        record.trips += trips
+
+
+def _note_question() -> None:
+    _note_trips(1)
 
 
 @contextmanager
