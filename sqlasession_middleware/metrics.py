@@ -162,7 +162,7 @@ class _ObservedEngine(TimedWaits):
         self._counting = fork_safe_lock()
         #: the key in the ``info`` of a connection with the time at which it was taken
         self._taken = f"sqlasession_middleware.metrics.{id(meters)}"
-        event.listen(engine, "before_cursor_execute", self._begin_statement)
+        event.listen(engine, "before_cursor_execute", self._begin_statement, retval=True)
         event.listen(engine, "after_cursor_execute", self._end_statement)
         event.listen(engine, "handle_error", self._fail_statement)
         event.listen(engine, "checkout", self._take)
@@ -173,8 +173,9 @@ class _ObservedEngine(TimedWaits):
 
     def _begin_statement(
         self, connection: Connection, cursor: Any, sql: Any, parameters: Any, context: Any, _: bool
-    ) -> None:
+    ) -> tuple[Any, Any]:
         setattr(context, _BEGUN, perf_counter())
+        return sql, parameters
 
     def _end_statement(
         self, connection: Connection, cursor: Any, sql: Any, parameters: Any, context: Any, _: bool
