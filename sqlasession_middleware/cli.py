@@ -37,7 +37,7 @@ from ._command.messages import counted, fail, refuse, run_or_fail
 from ._command.report import print_survey
 from ._command.server import SERVER, Workers, read_workers, serve_with_waitress
 from ._command.shell import open_shell
-from ._command.survey import make_survey
+from ._command.survey import find_inspectors, make_survey
 from ._command.wait import Seconds, end_by_signals, wait_for
 
 if TYPE_CHECKING:
@@ -93,16 +93,17 @@ def main() -> None:
 @_of_an_ini
 @click.option("--processes", type=click.IntRange(1), help="Processes that serve the application.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each process.")
-def check(ini: Ini, processes: int | None, threads: int | None) -> None:
+@click.option("--development", is_flag=True, help="The ini is for development: the inspector may be on.")
+def check(ini: Ini, processes: int | None, threads: int | None, development: bool) -> None:
     """Ping every engine, and compare what a deployment can open with what the servers admit.
 
     Processes and threads are those of the ini's [server:main], unless they are given. Exits with 1 if an engine does
-    not answer, or if a server admits too few connections.
+    not answer, if a server admits too few connections, or if the inspector is on without --development.
     """
     found = read_workers(ini)
     workers = Workers(processes or found.processes, threads or found.threads)
-    _, applications = _load(ini)
-    survey = make_survey(applications, workers)
+    app, applications = _load(ini)
+    survey = make_survey(applications, workers, [] if development else find_inspectors(app))
     print_survey(ini.path, survey)
     sys.exit(1 if survey.has_problems else 0)
 

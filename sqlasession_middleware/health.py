@@ -11,7 +11,7 @@ its pool. What a stranger gets to see are the names of the engines and a word on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ._database.binds import DEFAULT
@@ -21,6 +21,7 @@ from ._scope.local import application as _application
 from ._scope.scope import running_scope
 from ._settings.checks import check_application, check_path_or_none, check_seconds_above_0
 from ._wsgi.webob import Request, Response
+from ._wsgi.wrapped import applications_in
 from .errors import ConfigurationError, shown
 from .middleware import SQLASessionMiddleware
 
@@ -31,14 +32,6 @@ __all__ = ["HealthMiddleware"]
 
 #: The proxy that stands for the application of the running request.
 _AROUND: Any = _application
-
-#: What middlewares call the application that they wrap: most of them, those of Paste and Werkzeug's debugger, and a
-#: Flask that is wrapped inside. Then the object of a bound method, and what a partial or a wrapper of functions calls.
-_WRAPPED = ("app", "application", "wsgi_app", "__self__", "func", "__wrapped__")
-#: What composites call the applications that they hold: Werkzeug's dispatcher, and Paste's urlmap and cascade.
-_MOUNTED = ("mounts", "applications", "apps")
-#: An object with attributes of any name has no end.
-_LOOKED_AT_AT_MOST = 1000
 
 _TYPES = ("text/plain", "application/json")
 _METHODS = ("GET", "HEAD")
@@ -150,20 +143,8 @@ def _find(app: Any) -> SQLASessionMiddleware:
 
     :raises ConfigurationError: if there is none, or more than one.
     """
-    found: list[SQLASessionMiddleware] = []
-    # By identity, because an application may be of a class that cannot be hashed. It is kept, or its id might become
-    # another one's.
-    seen: dict[int, Any] = {}
-    left = [app]
-    while left and len(seen) < _LOOKED_AT_AT_MOST:
-        looked_at = left.pop(0)
-        if id(looked_at) in seen:
-            continue
-        seen[id(looked_at)] = looked_at
-        if isinstance(looked_at, SQLASessionMiddleware):
-            found.append(looked_at)
-        else:
-            left += _inside(looked_at)
+    inside = applications_in(app, leaf=SQLASessionMiddleware)
+    found = [each for each in inside if isinstance(each, SQLASessionMiddleware)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -174,26 +155,3 @@ def _find(app: Any) -> SQLASessionMiddleware:
             " sqlasession_middleware.application if it is around this middleware."
         )
     raise ConfigurationError("application", problem)
-
-
-def _inside(app: Any) -> Iterator[Any]:
-    """The applications that one wraps or holds, as far as its attributes tell."""
-    for name in _WRAPPED:
-        inner = _read(app, name)
-        if inner is not None:
-            yield inner
-    for name in _MOUNTED:
-        held = _read(app, name)
-        if isinstance(held, Mapping):
-            held = list(held.values())
-        if isinstance(held, list | tuple):
-            for each in held:
-                # urlmap has each with its path.
-                yield each[-1] if isinstance(each, tuple) and each else each
-
-
-def _read(app: Any, name: str) -> Any:
-    try:
-        return getattr(app, name, None)
-    except Exception:  # Such as a proxy that stands for nothing.
-        return None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ._settings.ini import PLACE_KEYS, ini_place, read_options
 from ._settings.kinds import Kind
-from ._settings.options import HEALTH_OPTIONS, TRANSACTION_OPTIONS, UNAVAILABLE_OPTIONS
+from ._settings.options import HEALTH_OPTIONS, INSPECTOR_OPTIONS, TRANSACTION_OPTIONS, UNAVAILABLE_OPTIONS
 from .errors import ConfigurationError
 from .health import HealthMiddleware
 from .middleware import SQLASessionMiddleware
@@ -28,9 +28,11 @@ from .unavailable import UnavailableMiddleware
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from .inspector import InspectorMiddleware
+
 Middleware = TypeVar("Middleware")
 
-__all__ = ["collect", "collected", "health", "main", "transaction", "unavailable"]
+__all__ = ["collect", "collected", "health", "inspector", "main", "transaction", "unavailable"]
 
 _collection: ContextVar[list[SQLASessionMiddleware] | None] = ContextVar(
     "sqlasession_middleware.collection", default=None
@@ -89,6 +91,16 @@ def health(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str
     :param settings: the options of :class:`.HealthMiddleware`; ``application`` by its dotted name.
     """
     return _make(HealthMiddleware, app, settings, HEALTH_OPTIONS, ini_place(global_conf))
+
+
+def inspector(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> InspectorMiddleware:
+    """The ``paste.filter_app_factory`` named ``inspector``.
+
+    :param settings: the options of :class:`.InspectorMiddleware`; ``applications`` by their dotted names.
+    """
+    from .inspector import InspectorMiddleware  # It imports what records requests.
+
+    return _make(InspectorMiddleware, app, settings, INSPECTOR_OPTIONS, ini_place(global_conf))
 
 
 def _make(

@@ -19,6 +19,7 @@ from sqlasession_middleware._recording.requests import SlowRequests
 from sqlasession_middleware._settings import kinds, options
 from sqlasession_middleware._settings.kinds import Kind
 from sqlasession_middleware.health import HealthMiddleware
+from sqlasession_middleware.inspector import InspectorMiddleware
 from sqlasession_middleware.transaction import TransactionMiddleware
 from sqlasession_middleware.unavailable import UnavailableMiddleware
 
@@ -43,6 +44,7 @@ TYPES = {
     kinds.DOTTED_NAMES: "dotted names",
     kinds.MAPPING: "only in Python",
     kinds.OBJECT: "only in Python",
+    kinds.URL_PATH: "path",
     kinds.URL_PATH_OR_NONE: "path or none",
 }
 #: The keys that are in none of the tables of options, and what the page says of their types.
@@ -68,6 +70,7 @@ TABLES: tuple[tuple[str, Mapping[str, Kind], Callable[..., Any], str], ...] = (
     ("slow_requests.", options.SLOW_OPTIONS, SlowRequests, ""),
     ("sql_comments.", options.COMMENT_OPTIONS, SQLComments, ""),
     ("", options.HEALTH_OPTIONS, HealthMiddleware, ""),
+    ("", options.INSPECTOR_OPTIONS, InspectorMiddleware, ""),
 )
 
 
@@ -115,6 +118,7 @@ def test_each_parameter_has_an_ini_key_and_each_key_a_parameter() -> None:
         (TransactionMiddleware, {*options.STACKED["transaction"]}),
         (UnavailableMiddleware, {*options.STACKED["unavailable"]}),
         (HealthMiddleware, {*options.HEALTH_OPTIONS}),
+        (InspectorMiddleware, {*options.INSPECTOR_OPTIONS}),
         (BackgroundThreads, {*options.BACKGROUND_OPTIONS}),
         (SlowRequests, {*options.SLOW_OPTIONS}),
         (SQLComments, {*options.COMMENT_OPTIONS}),

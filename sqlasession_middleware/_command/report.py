@@ -27,6 +27,10 @@ def print_survey(path: str, survey: Survey) -> None:
         click.echo(_comparison(demand))
     for capacity, ping in survey.unanswered():
         complain(f"{capacity.name} ({capacity.server}) does not answer: {ping.problem}")
+    for inspector in survey.inspectors:
+        complain(
+            f"the inspector is on, at {inspector}: take it out of {path}, or give --development if nobody else uses it."
+        )
     for demand in survey.unmet():
         complain(f"{_comparison(demand)}. Lower pool_size and max_overflow, or raise the limit.")
 

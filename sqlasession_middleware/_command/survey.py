@@ -8,19 +8,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Engine, text
 from sqlalchemy.pool import Pool
 
+from .._wsgi.wrapped import applications_in
 from ..capacity import MAX_CONNECTIONS, EngineCapacity, Limit, ask_limits, servers_of
+from ..inspector import InspectorMiddleware
 from .messages import describe_error
 from .server import Workers
 
 if TYPE_CHECKING:
     from ..middleware import SQLASessionMiddleware
 
-__all__ = ["ApplicationSurvey", "Demand", "Demands", "EngineSurvey", "Ping", "Survey", "make_survey"]
+__all__ = ["ApplicationSurvey", "Demand", "Demands", "EngineSurvey", "Ping", "Survey", "find_inspectors", "make_survey"]
 
 #: How many seconds an engine has to answer.
 PING_TIMEOUT = 10
@@ -67,11 +69,15 @@ class Demand(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """The result of a check."""
+    """The result of a check.
+
+    :param inspectors: the paths of inspectors that should not be there.
+    """
 
     workers: Workers
     applications: list[ApplicationSurvey]
     demands: list[Demand]
+    inspectors: list[str]
 
     def unanswered(self) -> Iterator[EngineSurvey]:
         """The engines that did not answer."""
@@ -85,11 +91,21 @@ class Survey(NamedTuple):
     @property
     def has_problems(self) -> bool:
         """Whether the command fails."""
-        return any(self.unanswered()) or any(self.unmet())
+        return any(self.unanswered()) or any(self.unmet()) or bool(self.inspectors)
 
 
-def make_survey(applications: Iterable[SQLASessionMiddleware], workers: Workers) -> Survey:
-    """Ping every engine, and sum up what all of them can open."""
+def find_inspectors(app: Any) -> list[str]:
+    """The paths of the inspectors that are part of an application."""
+    return [each.path for each in applications_in(app) if isinstance(each, InspectorMiddleware)]
+
+
+def make_survey(
+    applications: Iterable[SQLASessionMiddleware], workers: Workers, inspectors: list[str] | None = None
+) -> Survey:
+    """Ping every engine, and sum up what all of them can open.
+
+    :param inspectors: the paths of inspectors that should not be there.
+    """
     demands = Demands()
     surveyed = []
     for application in applications:
@@ -101,7 +117,7 @@ def make_survey(applications: Iterable[SQLASessionMiddleware], workers: Workers)
             demands.add(engine, capacity.total, answer.limits)
             engines.append(EngineSurvey(capacity, answer))
         surveyed.append(ApplicationSurvey(repr(application), engines))
-    return Survey(workers, surveyed, list(demands))
+    return Survey(workers, surveyed, list(demands), inspectors or [])
 
 
 def ping(engine: Engine, application: SQLASessionMiddleware) -> Ping:

@@ -17,8 +17,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar
 from enum import StrEnum
 from functools import partial
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
     from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
-__all__ = ["PATIENCE", "State", "ask_engines", "prepare_pings"]
+__all__ = ["PATIENCE", "SharedConnection", "State", "ask_engines", "own_connection", "prepare_pings"]
 
 logger = logging.getLogger("sqlasession_middleware.health")
 
@@ -145,18 +145,9 @@ class _Ping:
         driver = driver_of(engine)
         # One more than it is waited for, so that it is always the same of the two that ends first.
         seconds = math.ceil(self._timeout) + 1
-        pool = NullPool(_own_connection(engine.pool, seconds), dialect=engine.dialect, reset_on_return=None)
-        leave_pool_to_parent(pool)
-        try:
-            connection = pool.connect()
-        except _IsShared:
-            return
-        try:
-            driver_connection: Any = connection.dbapi_connection
+        with suppress(SharedConnection), own_connection(engine, seconds) as driver_connection:
             self._end_wait = partial(driver.cut, driver_connection)
             driver.ping(engine.dialect, driver_connection)
-        finally:
-            connection.close()
 
     def _cut(self) -> None:
         """End a ping that hangs on a connection: its thread gets an error."""
@@ -248,12 +239,28 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-class _IsShared(Exception):  # noqa: N818  # no error
+class SharedConnection(Exception):  # noqa: N818  # no error
     """An engine's creator returns one connection again and again, which the application uses."""
 
 
-def _own_connection(pool: Pool, seconds: int) -> Any:
-    """Return what opens a connection as a pool does, and raises :class:`_IsShared` if it is not a new one.
+@contextmanager
+def own_connection(engine: Engine, seconds: int) -> Iterator[Any]:
+    """A driver connection that is opened as the engine's pool would open one, outside of it, and closed at the end.
+
+    :param seconds: how long the driver may take to connect, as far as it can be told. See :func:`prepare_pings`.
+    :raises SharedConnection: if there is no such connection.
+    """
+    pool = NullPool(_own_creator(engine.pool, seconds), dialect=engine.dialect, reset_on_return=None)
+    leave_pool_to_parent(pool)
+    connection = pool.connect()
+    try:
+        yield connection.dbapi_connection
+    finally:
+        connection.close()
+
+
+def _own_creator(pool: Pool, seconds: int) -> Any:
+    """Return what opens a connection as a pool does, and raises :class:`SharedConnection` if it is not a new one.
 
     Whatever is asked on a connection that the application uses at the same time, or closes it, breaks a request.
     """
@@ -267,12 +274,12 @@ def _own_connection(pool: Pool, seconds: int) -> Any:
         connection = create(record)
         known = [each.dbapi_connection for each in known_records(pool)]
         if any(each is connection for each in known):
-            raise _IsShared
+            raise SharedConnection
         if isinstance(pool, StaticPool) and not known:
             # Its creator is made to be called once, and the pool has not done so yet.
             another = create(record)
             if another is connection:
-                raise _IsShared
+                raise SharedConnection
             another.close()
         return connection
 

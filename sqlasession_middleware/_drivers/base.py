@@ -173,6 +173,16 @@ class Server:
         """
         return None
 
+    def begin_explaining(self, cursor: Any, is_read: bool, analyze: bool, seconds: int) -> str | None:
+        """Have a new connection refuse to write, and no statement of it take long.
+
+        :param cursor: the driver's own, of the connection.
+        :param is_read: whether the statement only reads.
+        :param analyze: whether it is to be run as well.
+        :returns: what precedes a statement so that the server tells how it runs it; None if there is no such thing.
+        """
+        return None
+
     def limits(self, connection: Connection) -> list[Limit]:
         """What limits the connections to it; empty if nothing does, or if it cannot be asked."""
         return []

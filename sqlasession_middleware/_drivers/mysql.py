@@ -195,6 +195,17 @@ class MySQL(CompatibleWithMySQL):
                 with suppress(Exception):  # The lock is gone with the connection.
                     ask(driver_connection, UNLOCK_CREATION)
 
+    def begin_explaining(self, cursor: Any, is_read: bool, analyze: bool, seconds: int) -> str | None:
+        if is_read:  # In such a transaction not even the plan of a write is told.
+            cursor.execute("SET SESSION TRANSACTION READ ONLY")
+        cursor.execute("SELECT VERSION()")
+        is_mariadb = "mariadb" in str(cursor.fetchone()[0]).lower()
+        limit = f"max_statement_time = {seconds}" if is_mariadb else f"max_execution_time = {seconds * 1000}"
+        cursor.execute(f"SET SESSION {limit}")
+        if analyze:
+            return "ANALYZE " if is_mariadb else "EXPLAIN ANALYZE "
+        return "EXPLAIN "
+
     def limits(self, connection: Connection) -> list[Limit]:
         maximum, account, of_account = connection.execute(text(ASK_LIMITS)).one()
         return [Limit(MAX_CONNECTIONS, maximum), *([Limit(account, of_account)] if of_account > 0 else [])]

@@ -205,6 +205,13 @@ class PostgreSQL(CompatibleWithPostgreSQL):
                     driver_connection.rollback()
         yield
 
+    def begin_explaining(self, cursor: Any, is_read: bool, analyze: bool, seconds: int) -> str | None:
+        # With the driver's autocommit the first one, else the second one.
+        cursor.execute("SET default_transaction_read_only = on")
+        cursor.execute("SET transaction_read_only = on")
+        cursor.execute(f"SET statement_timeout = '{seconds}s'")
+        return "EXPLAIN (ANALYZE, BUFFERS) " if analyze else "EXPLAIN "
+
     def has_written(self, driver: Driver, driver_connection: Any) -> bool:
         return not _numbers_transactions(driver, driver_connection) or _ask_transaction(driver_connection)[0]
 

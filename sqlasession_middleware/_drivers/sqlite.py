@@ -57,6 +57,10 @@ class SQLite(Server):
     read_only_statement = "PRAGMA query_only = ON"
     integer_bits = 63  # Whatever their type is called ("Datatypes In SQLite").
 
+    def begin_explaining(self, cursor: Any, is_read: bool, analyze: bool, seconds: int) -> str | None:
+        cursor.execute("PRAGMA query_only = ON")
+        return None if analyze else "EXPLAIN QUERY PLAN "
+
     @contextmanager
     def creating(self, connection: Connection) -> Iterator[None]:
         """The file's own lock for writing. Without it, sqlite3 commits each table by itself."""

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Engine, event
 
 from .._database.forks import fork_safe_lock
-from .listeners import is_recorded, record_engine
+from .listeners import record_engine, recorded_name
 from .objects import record_objects
 from .present import add_block, remove_block
 from .record import Record
@@ -53,14 +53,14 @@ def recorded() -> Iterator[Record]:
 
 def _record_used(connection: Connection) -> None:
     engine = connection.engine
-    if not is_recorded(engine):
+    if recorded_name(engine) is None:
         record_engine(engine, _name_of(engine))
         _statements.pop(engine, None)
 
 
 def _begin(connection: Connection, *arguments: Any) -> None:
     engine = connection.engine
-    if not is_recorded(engine):
+    if recorded_name(engine) is None:
         if engine not in _statements:
             _statements[engine] = StatementListeners(engine, _name_of(engine))
         _statements[engine].begin_statement(connection, *arguments)

@@ -26,7 +26,7 @@ from .waits import EndKind, TimedWaits
 if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-__all__ = ["is_recorded", "record_engine", "record_objects"]
+__all__ = ["record_engine", "record_objects", "recorded_name"]
 
 #: The key in the ``info`` of a connection with its number in its pool.
 _NUMBER: Final = "sqlasession_middleware.number"
@@ -54,9 +54,9 @@ def record_engine(engine: Engine, name: str) -> None:
     _ConnectionListeners(engine, name)
 
 
-def is_recorded(engine: Engine) -> bool:
-    """Whether what an engine does is noted."""
-    return engine in _names
+def recorded_name(engine: Engine) -> str | None:
+    """What records call an engine; None if it is not recorded."""
+    return _names.get(engine)
 
 
 class _ConnectionListeners(TimedWaits):

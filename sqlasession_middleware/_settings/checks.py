@@ -14,6 +14,7 @@ __all__ = [
     "check_bytes",
     "check_count",
     "check_deadline",
+    "check_path",
     "check_path_or_none",
     "check_seconds",
     "check_seconds_above_0",
@@ -56,6 +57,12 @@ def check_path_or_none(parameter: str, path: Any) -> None:
     """:raises ConfigurationError: if ``path`` is neither None nor a path."""
     if path is not None and not (isinstance(path, str) and path.startswith("/") and "://" not in path):
         raise ConfigurationError(parameter, f"must be a path that begins with '/', or none, got {shown(path)}.")
+
+
+def check_path(parameter: str, path: Any) -> None:
+    """:raises ConfigurationError: if ``path`` is not a path below that of the site."""
+    if not (isinstance(path, str) and path.startswith("/") and path.strip("/") and "://" not in path):
+        raise ConfigurationError(parameter, f"must be a path that begins with '/' and has a name, got {shown(path)}.")
 
 
 def check_seconds_above_0(parameter: str, seconds: Any) -> None:

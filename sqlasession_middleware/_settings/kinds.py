@@ -27,6 +27,7 @@ __all__ = [
     "SECONDS",
     "SECONDS_OR_NONE",
     "TEXT",
+    "URL_PATH",
     "URL_PATH_OR_NONE",
     "WHOLE",
     "WORDS",
@@ -119,6 +120,7 @@ WORDS = Kind("names separated by commas", (), _parse_words)
 DOTTED = Kind("the dotted name of an importable object, 'package.module:name'", (), resolve_name)
 DOTTED_OR_NONE = Kind(f"none, or {DOTTED.name}", (), _import_unless_none)
 DOTTED_NAMES = Kind("dotted names of importable objects, 'package.module:name', separated by commas", (), _import_all)
+URL_PATH = Kind("a path that begins with '/'", (), str)
 URL_PATH_OR_NONE = Kind("a path that begins with '/', or none", (), _parse_text_or_none)
 MAPPING = Kind("a dict", (dict,), None)
 OBJECT = Kind("an object", (), None)

@@ -24,6 +24,7 @@ from .kinds import (
     SECONDS,
     SECONDS_OR_NONE,
     TEXT,
+    URL_PATH,
     URL_PATH_OR_NONE,
     WHOLE,
     WORDS,
@@ -36,6 +37,7 @@ __all__ = [
     "ENGINE_OPTIONS",
     "GROUPS",
     "HEALTH_OPTIONS",
+    "INSPECTOR_OPTIONS",
     "OTHER_SETTINGS",
     "SESSION_OPTIONS",
     "SLOW_OPTIONS",
@@ -137,6 +139,19 @@ HEALTH_OPTIONS: Mapping[str, Kind] = {
     "live": URL_PATH_OR_NONE,
     "ready": URL_PATH_OR_NONE,
     "timeout": SECONDS,
+}
+
+#: The parameters of :class:`~sqlasession_middleware.inspector.InspectorMiddleware`.
+INSPECTOR_OPTIONS: Mapping[str, Kind] = {
+    "applications": DOTTED_NAMES,
+    "hosts": WORDS,
+    "memory": BYTES,
+    "path": URL_PATH,
+    "peers": WORDS,
+    "proxied": BOOLEAN,
+    "requests": WHOLE,
+    "store": TEXT,
+    "token": TEXT,
 }
 
 #: The parameters of :class:`~sqlasession_middleware._lifecycle.background.BackgroundThreads`.
