@@ -88,6 +88,7 @@ class InspectorMiddleware:
                 raise ConfigurationError("applications", f"must be SQLASessionMiddlewares, got {shown(each)}.")
         self.app = app
         self.path = path.rstrip("/")
+        self.store = store
         self._applications = _Applications(applications)
         engines = Engines(self._applications.find, self._applications.without_secrets)
         keeper: Keeper
