@@ -891,6 +891,12 @@ def make_an_inspector() -> None:
     InspectorMiddleware(nothing)
 
 
+@provokes("A request cannot be kept")
+def fail_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sqlasession_middleware._inspector.watch.keep", lambda *given: 1 / 0)
+    call(InspectorMiddleware(nothing))
+
+
 @provokes("Requests cannot be kept in …: …")
 def lose_the_store(tmp_path: Path) -> None:
     app = InspectorMiddleware(nothing, store=str(tmp_path / "store"))
