@@ -81,6 +81,25 @@ def test_check(ini, tmp_path):
     assert audit.startswith("audit")
 
 
+#: An application with the inspector.
+INSPECTED = """
+[filter-app:inspected]
+use = egg:sqlasession_middleware#inspector
+path = /seen
+next = main
+"""
+
+
+def test_check_refuses_the_inspector_outside_of_development(ini):
+    path = ini({"sqlalchemy.url": "sqlite://"}, INSPECTED)
+    refused = check(f"{path}#inspected")
+    assert refused.exit_code == 1
+    complaint = f"the inspector is on, at /seen: take it out of {path}, or give --development if nobody else uses it."
+    assert f"error: {complaint}\n" in refused.stderr
+    assert check(f"{path}#inspected", "--development").exit_code == 0
+    assert check(path).exit_code == 0
+
+
 def test_check_compares_with_what_the_server_admits(ini, server_url):
     engine = create_engine(server_url)
     with engine.connect() as connection:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 from wsgiref.simple_server import make_server
@@ -49,13 +50,14 @@ from sqlasession_middleware._pyramid.settings import read_options
 from sqlasession_middleware._settings import kinds
 from sqlasession_middleware.flask_sqlalchemy import SQLAlchemy
 from sqlasession_middleware.health import HealthMiddleware
+from sqlasession_middleware.inspector import InspectorMiddleware
 from sqlasession_middleware.models import SavesItself
 from sqlasession_middleware.pyramid import mark_error_retryable
 from sqlasession_middleware.request import Request
 from sqlasession_middleware.testing import assert_queries, isolated, no_leaks
 from sqlasession_middleware.transaction import TransactionMiddleware
 
-from . import test_cli, test_health
+from . import test_cli, test_health, test_inspector
 from .conftest import DATABASES_SEEN
 from .ports import free_port
 from .rst import literals, read_page
@@ -848,7 +850,69 @@ provokes("The health check finds the engine … …: …")(full_and_free)
 provokes("The health check finds the engine … ok again")(full_and_free)
 
 
+# The inspector. Some arguments are from the table of another test, which knows more of what is refused.
+
+WRONG_INSPECTOR: dict[str, str] = {
+    "… must be a path that begins with '/' and has a name, got …": "path",
+    "… must be a text of … characters or more, letters, digits, '-', '_', '.' and '~'.": "short token",
+    "… must be a list of texts, got …": "one host",
+    "… must be names as in 'Host', without a port: 'localhost', '[::1]', got …": "host with a port",
+    "… must be addresses or networks, such as '127.0.0.1' or '10.1.0.0/16', got …": "peer",
+    "… must be SQLASessionMiddlewares, got …": "applications",
+    "… must be the path of a folder, got …": "store",
+}
+
+
+def inspect_with(case: str) -> Callable[[], object]:
+    options, _ = test_inspector.WRONG[case]
+    return lambda: InspectorMiddleware(nothing, **options)
+
+
+PROVOKERS.update({message: inspect_with(case) for message, case in WRONG_INSPECTOR.items()})
+
+
+@provokes("… cannot be used: …")
+def store_below_a_file() -> None:
+    InspectorMiddleware(nothing, store=f"{__file__}/store")
+
+
+@provokes("… must be a folder that only the user of this process can read: chmod 700 …")
+def store_in_the_open(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    InspectorMiddleware(nothing, store=str(tmp_path))
+
+
+@provokes("… needs …: pip install 'sqlasession_middleware[inspector]'.")
+def inspect_without_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "sqlasession_middleware._inspector.pages", raising=False)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    InspectorMiddleware(nothing)
+
+
+@provokes("What requests do to databases is shown at …")
+def make_an_inspector() -> None:
+    InspectorMiddleware(nothing)
+
+
+@provokes("A request cannot be kept")
+def fail_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sqlasession_middleware._inspector.watch.keep", lambda *given: 1 / 0)
+    call(InspectorMiddleware(nothing))
+
+
+@provokes("Requests cannot be kept in …: …")
+def lose_the_store(tmp_path: Path) -> None:
+    app = InspectorMiddleware(nothing, store=str(tmp_path / "store"))
+    (tmp_path / "store" / "requests.sqlite3").mkdir()
+    call(app)
+
+
 # The command.
+
+
+@provokes("error: the inspector is on, at …: take it out of …, or give --development if nobody else uses it.")
+def check_with_the_inspector(ini: Any) -> Result:
+    return check(ini({"sqlalchemy.url": "sqlite://"}, test_cli.INSPECTED) + "#inspected")
 
 
 @provokes("sqlasession needs …: pip install 'sqlasession_middleware[cli]'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -290,7 +291,8 @@ def test_headers_let_a_page_load_its_own_files_only(make: Any) -> None:
         assert {policy[name] for name in ("script-src", "style-src", "connect-src", "form-action")} == {"'self'"}
         assert headers["Cache-Control"] == "no-store"
         assert headers["X-Content-Type-Options"] == "nosniff"
-        assert headers["Referrer-Policy"] == "no-referrer"
+        has_forms = page == f"/r/{number}"  # Theirs would have no origin.
+        assert headers["Referrer-Policy"] == ("same-origin" if has_forms else "no-referrer")
 
 
 def test_pages_have_no_script_and_no_style_within(make: Any) -> None:
@@ -782,3 +784,56 @@ def test_statement_that_cannot_be_laid_out_is_shown(make: Any) -> None:
     assert highlighted("<b>" * 3000) == "&lt;b&gt;" * 3000
     assert first_words("SELECT a.id, a.name, a.password, a.further FROM a") == "SELECT … FROM a"
     assert len(first_words(f"UPDATE a SET b = {'1' * 500}")) == 161
+
+
+def test_requests_of_threads_are_kept_apart(make: Any, tmp_path: Path) -> None:
+    site = make(options={"binds": {"audit": f"sqlite:///{tmp_path}/audit.db"}})
+    together = threading.Barrier(8)
+
+    def ask(number: int) -> None:
+        def work() -> None:
+            together.wait(60)
+            for _ in range(number + 1):
+                session.execute(text(f"SELECT {number}"))
+            session.execute(text("SELECT 'audit'"), bind_arguments={"bind": site.database.engines["audit"]})
+
+        consume(site.app(environ(work=work, PATH_INFO=f"/{number}"), start_response))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    found = {each["path"]: site.inspector._watch.find(each["id"]).data for each in site.requests()}
+    assert len(found) == 8
+    for number in range(8):
+        sent = [(each["engine"], each["sql"]) for each in found[f"/{number}"]["statements"]]
+        assert sent == [("default", f"SELECT {number}")] * (number + 1) + [("audit", "SELECT 'audit'")]
+
+
+def test_request_is_answered_when_it_cannot_be_kept(
+    make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make()
+    monkeypatch.setattr("sqlasession_middleware._inspector.watch.keep", lambda *given: 1 / 0)
+    assert site.work(read).data == b"done"
+    assert [(each.message, each.levelname) for each in caplog.records[-1:]] == [("A request cannot be kept", "ERROR")]
+    monkeypatch.undo()
+    assert site.requests() == []
+
+
+def test_error_that_the_application_hands_on_reaches_the_server() -> None:
+    seen = []
+
+    def start(status: str, headers: Any, exc_info: Any = None) -> Any:
+        seen.append((status, exc_info))
+
+    def fails(environ: Environ, start: StartResponse) -> list[bytes]:
+        start("200 OK", [])
+        start("500 Oops", [], exc_info=("a", "b", "c"))
+        return [b"oops"]
+
+    inspector = InspectorMiddleware(fails)
+    consume(inspector(environ(), start))
+    assert seen == [("200 OK", None), ("500 Oops", ("a", "b", "c"))]
+    assert inspector._watch.summaries()[0]["status"] == "500 Oops"

@@ -125,7 +125,7 @@ class Pages:
     def _page_of(self, kept: Kept, root: str) -> Response:
         data = kept.data
         can_run = {number: may_run(original.sql) for number, original in kept.originals.items()}
-        return self._page(
+        page = self._page(
             "request.html",
             root,
             data=data,
@@ -134,6 +134,9 @@ class Pages:
             groups=grouped(data["statements"]),
             can_run=can_run,
         )
+        # Of a page without a referrer, a form has the origin "null".
+        page.headers["Referrer-Policy"] = "same-origin"
+        return page
 
     def _answer_post(self, environ: WSGIEnvironment, below: str, root: str) -> Response | None:
         asked = _EXPLAIN.fullmatch(below)
