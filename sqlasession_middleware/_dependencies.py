@@ -54,6 +54,7 @@ __all__ = [
     "disown",
     "flush_error",
     "goes_on_after",
+    "has_prepared",
     "idle_queue",
     "innermost_transaction",
     "is_clean",
@@ -403,6 +404,11 @@ def answers_within(connection: Any, seconds: float | None) -> Iterator[None]:
 #: transaction that was begun by an explicit BEGIN goes on as if psycopg had begun it. By ``setattr()``: a function of
 #: Python's own may be left by the exception of a signal before it has set anything.
 AUTOCOMMIT: Final = "_autocommit"
+
+
+def has_prepared(connection: Any) -> bool:
+    """Whether a connection of psycopg has had the server prepare statements. False of a version that is not known."""
+    return bool(getattr(getattr(connection, "_prepared", None), "_names", None))
 
 
 def send_with_next(pipeline: Any, command: str) -> None:

@@ -7,6 +7,7 @@
     $ sqlasession serve development.ini --port 8080
     $ sqlasession shell development.ini
     $ sqlasession check production.ini --processes 4 --threads 8
+    $ sqlasession requests development.ini
     $ sqlasession drop development.ini
 
 INI is the path of a PasteDeploy file. ``#NAME`` after the path selects another application of the file than ``main``.
@@ -41,6 +42,7 @@ from ._command.survey import find_inspectors, make_survey
 from ._command.wait import Seconds, end_by_signals, wait_for
 
 if TYPE_CHECKING:
+    from ._command.requests import Inspector
     from .middleware import SQLASessionMiddleware
 
 __all__ = ["main"]
@@ -185,6 +187,29 @@ def serve(ini: Ini, host: str | None, port: int | None, threads: int | None) -> 
     configure_logging(ini)
     app, _ = _load(ini)
     serve_with_waitress(app, settings, host, port, threads)
+
+
+@main.command()
+@_of_an_ini
+@click.argument("request", metavar="[ID]", required=False)
+def requests(ini: Ini, request: str | None) -> None:
+    """Show what the last requests did to databases, or all of the one with an ID.
+
+    In place of INI, the address that a running inspector has logged, with its token. Of an ini, the requests are read
+    that its inspector keeps in its 'store'.
+    """
+    from ._command.requests import Running, find_stored, print_request, print_requests
+
+    inspector: Inspector
+    if ini.path.startswith(("http://", "https://")):
+        inspector = Running(str(ini))
+    else:
+        app, _ = _load(ini)
+        inspector = find_stored(ini, app)
+    if request is None:
+        print_requests(inspector)
+    else:
+        print_request(inspector, request)
 
 
 def _load(ini: Ini) -> tuple[Any, list[SQLASessionMiddleware]]:

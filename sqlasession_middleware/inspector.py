@@ -14,6 +14,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from sqlalchemy import Engine
 
@@ -88,6 +89,7 @@ class InspectorMiddleware:
                 raise ConfigurationError("applications", f"must be SQLASessionMiddlewares, got {shown(each)}.")
         self.app = app
         self.path = path.rstrip("/")
+        self.store = store
         self._applications = _Applications(applications)
         engines = Engines(self._applications.find, self._applications.without_secrets)
         keeper: Keeper
@@ -107,7 +109,7 @@ class InspectorMiddleware:
 
         :param site: the address of the site, ``"http://127.0.0.1:8000"``.
         """
-        return f"{site.rstrip('/')}{self.path}/?token={self._access.token}"
+        return f"{site.rstrip('/')}{quote(self.path)}/?token={self._access.token}"
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")

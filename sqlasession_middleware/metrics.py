@@ -17,7 +17,6 @@ go, is up to the application: with Prometheus it is a ``PrometheusMetricReader``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
@@ -30,9 +29,9 @@ from sqlalchemy.pool import QueuePool
 
 from ._database.breaker import breaker_state
 from ._database.forks import fork_safe_lock
-from ._database.pool import wrap_connect
-from ._dependencies import call_first, max_overflow
+from ._dependencies import max_overflow
 from ._recording.record import RECORD
+from ._recording.waits import EndKind, TimedWaits
 from ._scope.scope import ENDED, Scope
 from .errors import ConfigurationError, shown
 from .middleware import SQLASessionMiddleware
@@ -54,9 +53,6 @@ _SYSTEMS: Final = {"mssql": "microsoft.sql_server", "oracle": "oracle.db"}
 
 #: The attribute of an ExecutionContext with the time at which its statement began.
 _BEGUN: Final = "sqlasession_begun"
-
-#: when the connection began to be made that is being waited for
-_connecting: ContextVar[float | None] = ContextVar("sqlasession_middleware.metrics.connecting", default=None)
 
 _meters: WeakKeyDictionary[MeterProvider, _Meters] = WeakKeyDictionary()
 _lock = fork_safe_lock()
@@ -143,13 +139,14 @@ class _Meters:
         self._attempts.add(environ.get("sqlasession.attempt", 1))
 
 
-class _ObservedEngine:
+class _ObservedEngine(TimedWaits):
     """The listeners of one engine. They lead to it by nothing that would keep it.
 
     :param name: that of its pool.
     """
 
     def __init__(self, meters: _Meters, engine: Engine, name: str) -> None:
+        super().__init__(engine, meters)
         self._meters = meters
         self._pool = {"db.client.connection.pool.name": name}
         url = engine.url
@@ -160,28 +157,25 @@ class _ObservedEngine:
             "server.port": url.port,
         }
         self._attributes = {key: value for key, value in told.items() if value is not None}
+        self._ends = {kind: {**self._attributes, "db.operation.name": kind.upper()} for kind in ("commit", "rollback")}
         self._pending = 0
         self._counting = fork_safe_lock()
         #: the key in the ``info`` of a connection with the time at which it was taken
         self._taken = f"sqlasession_middleware.metrics.{id(meters)}"
-        event.listen(engine, "before_cursor_execute", self._begin_statement)
+        event.listen(engine, "before_cursor_execute", self._begin_statement, retval=True)
         event.listen(engine, "after_cursor_execute", self._end_statement)
         event.listen(engine, "handle_error", self._fail_statement)
-        event.listen(engine, "do_connect", self._begin_connect)
-        call_first(engine, self._begin_connect, "do_connect")  # Another one may make the connection.
-        event.listen(engine, "connect", self._end_connect, insert=True)
         event.listen(engine, "checkout", self._take)
         for name_of_event in ("checkin", "detach", "invalidate"):
             event.listen(engine, name_of_event, self._give_back)
-        event.listen(engine, "engine_disposed", self._time_pool)
-        self._time_pool(engine)
 
     # -- statements
 
     def _begin_statement(
         self, connection: Connection, cursor: Any, sql: Any, parameters: Any, context: Any, _: bool
-    ) -> None:
+    ) -> tuple[Any, Any]:
         setattr(context, _BEGUN, perf_counter())
+        return sql, parameters
 
     def _end_statement(
         self, connection: Connection, cursor: Any, sql: Any, parameters: Any, context: Any, _: bool
@@ -200,13 +194,32 @@ class _ObservedEngine:
 
     # -- connections
 
-    def _begin_connect(self, dialect: Any, entry: ConnectionPoolEntry, arguments: Any, options: Any) -> None:
-        _connecting.set(perf_counter())
+    def wanted(self) -> bool:
+        return True
 
-    def _end_connect(self, driver_connection: Any, entry: ConnectionPoolEntry) -> None:
-        begun = _connecting.get()
-        if begun is not None:  # An engine's own ``creator`` has no event.
-            self._meters.creations.record(perf_counter() - begun, self._pool)
+    def note_connect(self, wanted: bool, entry: ConnectionPoolEntry, begin: float | None) -> None:
+        if begin is not None:
+            self._meters.creations.record(perf_counter() - begin, self._pool)
+
+    def begin_wait(self, wanted: bool) -> None:
+        with self._counting:
+            self._pending += 1
+
+    def note_wait(self, wanted: bool, begin: float, connecting: float | None, error: BaseException | None) -> None:
+        if error is None:
+            self._meters.waits.record(perf_counter() - begin, self._pool)
+        elif isinstance(error, PoolTimeoutError):
+            self._meters.timeouts.add(1, self._pool)
+        with self._counting:
+            self._pending -= 1
+
+    def note_end(
+        self, wanted: bool, kind: EndKind, driver_connection: Any, waits: int, begin: float, error: BaseException | None
+    ) -> None:
+        if waits:
+            told = self._ends[kind]
+            failed = told if error is None else {**told, "error.type": type(error).__qualname__}
+            self._meters.operations.record(perf_counter() - begin, failed)
 
     def _take(self, driver_connection: Any, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
         entry.info[self._taken] = perf_counter()
@@ -215,26 +228,6 @@ class _ObservedEngine:
         taken = entry.info.pop(self._taken, None)
         if taken is not None:
             self._meters.uses.record(perf_counter() - taken, self._pool)
-
-    def _time_pool(self, engine: Engine) -> None:
-        """Time the waits for the engine's pool: for the present one, and for that which takes its place."""
-        wrap_connect(engine.pool, self._connect)
-
-    def _connect(self, connect: Callable[[], Any]) -> Any:
-        _connecting.set(None)
-        with self._counting:
-            self._pending += 1
-        begin = perf_counter()
-        try:
-            connection = connect()
-            self._meters.waits.record(perf_counter() - begin, self._pool)
-            return connection
-        except PoolTimeoutError:
-            self._meters.timeouts.add(1, self._pool)
-            raise
-        finally:
-            with self._counting:
-                self._pending -= 1
 
     # -- what is looked at when metrics are collected
 

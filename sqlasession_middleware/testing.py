@@ -24,7 +24,7 @@ from sqlalchemy.util import immutabledict
 from ._database.observers import commits_each_statement
 from ._database.read_only import read_only_engines
 from ._lifecycle.background import BackgroundThreads, call_logged
-from ._recording.listeners import recorded
+from ._recording.blocks import recorded
 from ._recording.repeats import find_repeats
 from ._scope.scope import running_scope
 from ._sessions.isolated_connection import TRANSACTION_STATEMENT, IsolatedConnection

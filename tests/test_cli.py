@@ -12,16 +12,21 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
+import click
 import pytest
 from click.testing import CliRunner, Result
+from paste.deploy import loadapp
 from sqlalchemy import URL, NullPool, create_engine, inspect, make_url, text
+from sqlalchemy.exc import DBAPIError
+from werkzeug.test import Client
 
-from sqlasession_middleware import SQLASessionMiddleware
-from sqlasession_middleware._command import survey, wait
+from sqlasession_middleware import SQLASessionMiddleware, session
+from sqlasession_middleware._command import requests, survey, wait
 from sqlasession_middleware._command.server import Workers
 from sqlasession_middleware.capacity import MAX_CONNECTIONS, Limit, servers_of
 from sqlasession_middleware.cli import main
@@ -868,3 +873,170 @@ def test_signals_are_left_alone_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+# -- requests
+
+TOKEN = "a-token-of-the-tests"
+
+
+def look(environ, start_response):
+    """Reads by the path: ``/repeated``, ``/failing``, ``/quiet``."""
+    work = environ["PATH_INFO"]
+    if work == "/repeated":
+        for number in range(3):
+            session.execute(text("SELECT 1 AS one WHERE :number >= 0"), {"number": number})
+    elif work == "/failing":
+        with suppress(DBAPIError):
+            session.execute(text("SELECT \x1b[2J\nnothing"))
+        session.rollback()
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"done"]
+
+
+def look_factory(global_conf, **settings):
+    return look
+
+
+@pytest.fixture
+def inspected(tmp_path):
+    """Writes an ini with an inspector, and settings for it."""
+
+    def write(settings: str = "") -> str:
+        path = tmp_path / "inspected.ini"
+        path.write_text(
+            "[app:look]\npaste.app_factory = tests.test_cli:look_factory\n\n"
+            "[filter-app:inside]\npaste.filter_app_factory = sqlasession_middleware.paste:main\n"
+            "next = look\nsqlalchemy.url = sqlite://\ntransaction = true\n\n"
+            "[filter-app:main]\npaste.filter_app_factory = sqlasession_middleware.paste:inspector\n"
+            f"next = inside\ntoken = {TOKEN}\n{settings}\n"
+        )
+        return str(path)
+
+    return write
+
+
+@contextmanager
+def running(path: str):
+    """The address of the ini's application, while a server runs."""
+    app = loadapp(f"config:{path}")
+    with make_server("127.0.0.1", 0, app, handler_class=QuietHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield app, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+    app.app.dispose()
+
+
+class QuietHandler(WSGIRequestHandler):
+    def log_message(self, *arguments: Any) -> None:
+        """No line on the standard error output."""
+
+
+def asked(path: str, *paths: str) -> None:
+    app = loadapp(f"config:{path}")
+    for each in paths:
+        assert Client(app).get(each, buffered=True).status_code == 200
+    app.app.dispose()
+
+
+def test_requests_of_a_store_are_listed(inspected, tmp_path):
+    path = inspected(f"store = {tmp_path}/kept")
+    assert command("requests", path).stdout == "no requests yet\n"
+    asked(path, "/repeated", "/%1b%5b2J?token=1", "/failing")
+    done = command("requests", path)
+    assert done.exit_code == 0, done.output
+    titles, repeated, quiet, failing = (line.split() for line in done.stdout.splitlines())
+    assert titles == ["id", "at", "method", "path", "status", "time", "database", "queries", "trips", "outcome"]
+    assert repeated[2:6] == ["GET", "/repeated", "200", "OK"]
+    assert repeated[-5:] == ["3", "0", "committed,", "N+1:", "1"]
+    assert quiet[3] == "/%1B%5B2J"
+    assert failing[-4:] == ["1", "0", "only", "read"]
+
+    of_one = command("requests", path, repeated[0])
+    assert of_one.exit_code == 0, of_one.output
+    assert re.match(r"GET /repeated: 200 OK at [-\d]+ [:\d]+, committed\nall [\d.]+ ms, statements ", of_one.stdout)
+    assert "queries 3, round trips 0, attempts 1" in of_one.stdout
+    assert "on default: SELECT 1 AS one WHERE ? >= 0" in of_one.stdout
+    assert "in look" in of_one.stdout
+    assert "N+1: statements 1, 2, 3. Ask for all of them at once" in of_one.stdout
+    assert "COMMIT on default: " in of_one.stdout
+
+    of_failing = command("requests", path, failing[0]).stdout
+    assert "\x1b" not in of_failing
+    assert r"SELECT \x1b[2J nothing" in of_failing
+    assert "   failed: " in of_failing
+
+
+def test_requests_of_a_running_inspector_are_shown(inspected):
+    with running(inspected()) as (app, site):
+        address = app.url(site)
+        assert command("requests", address).stdout == "no requests yet\n"
+        with urllib.request.urlopen(f"{site}/repeated", timeout=PATIENCE) as response:
+            assert response.read() == b"done"
+        listed = command("requests", address).stdout.splitlines()
+        assert [line.split()[3] for line in listed] == ["path", "/repeated"]
+        number = listed[1].split()[0]
+        assert "N+1: statements 1, 2, 3" in command("requests", address, number).stdout
+        unknown = command("requests", address, "unknown")
+        assert (unknown.exit_code, unknown.stderr) == (1, "error: there is no request 'unknown', or not any more.\n")
+        wrong = command("requests", address + "1")
+        assert wrong.exit_code == 1
+        assert f"error: {site}/_sqlasession does not answer as an inspector does" in wrong.stderr
+    gone = command("requests", address)
+    assert gone.exit_code == 1
+    assert f"error: {site}/_sqlasession does not answer: " in gone.stderr
+    assert TOKEN not in gone.output + wrong.output
+
+
+def test_beginning_of_an_id_has_to_be_of_one_request(inspected, tmp_path):
+    path = inspected(f"store = {tmp_path}/kept")
+    asked(path, *["/quiet"] * 2)
+    done = command("requests", path, "")
+    assert (done.exit_code, done.stderr) == (1, "error: 2 requests have an ID that begins with ''.\n")
+
+
+def test_requests_have_to_be_somewhere(inspected, ini):
+    kept = command("requests", inspected())
+    assert kept.exit_code == 2
+    assert "keeps requests in the memory of its process: give the address that it logs" in kept.stderr
+    none = command("requests", ini({"sqlalchemy.url": "sqlite://"}))
+    assert none.exit_code == 2
+    assert "has no section with 'use = egg:sqlasession_middleware#inspector'." in none.stderr
+    without = command("requests", "http://127.0.0.1:1/_sqlasession/")
+    assert without.exit_code == 2
+    assert "the address must be the one that the inspector logs" in without.stderr
+
+
+def test_what_a_request_has_is_shown():
+    """All that one can have, also what no request of these tests has."""
+    found: dict[str, Any] = {
+        "id": "1f", "at": 0, "method": "PUT", "path": "/", "status": "", "raised": "KeyError", "seconds": 1.5,
+        "database": 0.5, "fetched": 0.25, "waited": 0.1, "committing": 0.0, "held": 1, "queries": 1, "trips": 2,
+        "attempts": 1, "outcome": "rolled back", "warnings": 0, "repeats": [], "objects": {"shop.Item": 3},
+        "statements": [{
+            "begin": 0, "seconds": 0.5, "fetched": 0.25, "engine": "audit", "relationship": "Item.shop",
+            "sql": "SELECT", "parameters": [[["id", "1"], ["name", "***"]]], "error": None, "stack": "  File",
+        }],
+        "ends": [{"kind": "commit", "engine": "audit", "begin": 1, "end": 1.25, "error": "InternalError"}],
+    }  # fmt: skip
+
+    class Kept:
+        def summaries(self) -> list[dict[str, Any]]:
+            return [found]
+
+        def find(self, number: str) -> dict[str, Any] | None:
+            return found
+
+    @click.command()
+    def show() -> None:
+        requests.print_request(Kept(), "1")
+
+    shown = CliRunner().invoke(show).stdout
+    assert shown.startswith("PUT /: KeyError at 19")
+    for part in ("statements 500.0 ms, rows 250.0 ms", "round trips 2", "(id=1, name=***)",
+                 "1. 0.0 ms + 750.0 ms on audit for Item.shop: SELECT",
+                 "COMMIT on audit: 1000.0 ms + 250.0 ms, failed: InternalError",
+                 "objects: shop.Item 3"):  # fmt: skip
+        assert part in shown

@@ -606,6 +606,19 @@ def test_autocommit() -> None:
     engine.dispose()
 
 
+def test_has_prepared() -> None:
+    engine = create_engine(rows_of("psycopg")[0].values[0].url())
+    with engine.connect() as connection:
+        driver_connection: Any = connection.connection.driver_connection
+        assert not _dependencies.has_prepared(driver_connection)
+        driver_connection.execute("SELECT 1", prepare=True)
+        assert _dependencies.has_prepared(driver_connection)
+        driver_connection.rollback()
+        assert not _dependencies.has_prepared(driver_connection)
+    engine.dispose()
+    assert not _dependencies.has_prepared(object())
+
+
 def test_send_with_next() -> None:
     psycopg = pytest.importorskip("psycopg")
     engine = create_engine(rows_of("psycopg")[0].values[0].url())

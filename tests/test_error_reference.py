@@ -19,18 +19,21 @@ from contextvars import copy_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from wsgiref.simple_server import make_server
 
 import pytest
 from click.testing import Result
 from docutils import nodes
 from flask import Flask
 from opentelemetry.sdk.metrics import MeterProvider
+from paste.deploy import loadapp
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.tweens import EXCVIEW
 from sqlalchemy import MetaData, create_engine, event, select, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from werkzeug.test import Client
 
 from sqlasession_middleware import (
     SQLASessionMiddleware,
@@ -891,6 +894,12 @@ def make_an_inspector() -> None:
     InspectorMiddleware(nothing)
 
 
+@provokes("A request cannot be kept")
+def fail_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sqlasession_middleware._inspector.watch.keep", lambda *given: 1 / 0)
+    call(InspectorMiddleware(nothing))
+
+
 @provokes("Requests cannot be kept in …: …")
 def lose_the_store(tmp_path: Path) -> None:
     app = InspectorMiddleware(nothing, store=str(tmp_path / "store"))
@@ -927,6 +936,56 @@ def refused(case: str) -> Callable[[Any], Result]:
 
 
 PROVOKERS.update({message: refused(case) for message, case in CHECKS.items()})
+
+
+@provokes("error: … has no section with 'use = egg:sqlasession_middleware#inspector'.")
+def show_requests_of_no_inspector(ini: Any) -> Result:
+    return command("requests", ini({"sqlalchemy.url": "sqlite://"}))
+
+
+def inspected(ini: Any, settings: str = "") -> str:
+    inspector = "paste.filter_app_factory = sqlasession_middleware.paste:inspector"
+    path: str = ini({"sqlalchemy.url": "sqlite://"}, f"[filter-app:seen]\n{inspector}\nnext = main\n{settings}\n")
+    return f"{path}#seen"
+
+
+@provokes("error: the inspector of … keeps requests in the memory of its process: …")
+def show_requests_of_another_process(ini: Any) -> Result:
+    return command("requests", inspected(ini))
+
+
+@provokes("error: the address must be the one that the inspector logs, with '?token=…' at its end.")
+def show_requests_without_a_token() -> Result:
+    return command("requests", "http://127.0.0.1:1/_sqlasession/")
+
+
+@provokes("error: … does not answer as an inspector does: …")
+def show_requests_of_something_else() -> Result:
+    with make_server("127.0.0.1", 0, lambda environ, start: start("200 OK", []) or [b"?"]) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        done = command("requests", f"http://127.0.0.1:{server.server_port}/?token=1")
+        thread.join()
+    return done
+
+
+def kept(ini: Any, folder: Any, *requests: str) -> str:
+    path = inspected(ini, f"store = {folder}/kept")
+    app = loadapp(f"config:{path}")
+    for each in requests:
+        with contextlib.suppress(OperationalError):  # There is no table.
+            Client(app).get(each, buffered=True)
+    return path
+
+
+@provokes("error: … requests have an ID that begins with ….")
+def show_one_of_two_requests(ini: Any, tmp_path: Any) -> Result:
+    return command("requests", kept(ini, tmp_path, "/", "/"), "")
+
+
+@provokes("error: there is no request …, or not any more.")
+def show_no_request(ini: Any, tmp_path: Any) -> Result:
+    return command("requests", kept(ini, tmp_path), "1")
 
 
 @provokes("error: … has … applications with a database: pick one by its name, …")

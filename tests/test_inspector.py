@@ -809,3 +809,31 @@ def test_requests_of_threads_are_kept_apart(make: Any, tmp_path: Path) -> None:
     for number in range(8):
         sent = [(each["engine"], each["sql"]) for each in found[f"/{number}"]["statements"]]
         assert sent == [("default", f"SELECT {number}")] * (number + 1) + [("audit", "SELECT 'audit'")]
+
+
+def test_request_is_answered_when_it_cannot_be_kept(
+    make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make()
+    monkeypatch.setattr("sqlasession_middleware._inspector.watch.keep", lambda *given: 1 / 0)
+    assert site.work(read).data == b"done"
+    assert [(each.message, each.levelname) for each in caplog.records[-1:]] == [("A request cannot be kept", "ERROR")]
+    monkeypatch.undo()
+    assert site.requests() == []
+
+
+def test_error_that_the_application_hands_on_reaches_the_server() -> None:
+    seen = []
+
+    def start(status: str, headers: Any, exc_info: Any = None) -> Any:
+        seen.append((status, exc_info))
+
+    def fails(environ: Environ, start: StartResponse) -> list[bytes]:
+        start("200 OK", [])
+        start("500 Oops", [], exc_info=("a", "b", "c"))
+        return [b"oops"]
+
+    inspector = InspectorMiddleware(fails)
+    consume(inspector(environ(), start))
+    assert seen == [("200 OK", None), ("500 Oops", ("a", "b", "c"))]
+    assert inspector._watch.summaries()[0]["status"] == "500 Oops"

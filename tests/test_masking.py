@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from sqlasession_middleware._recording.listeners import recorded
+from sqlasession_middleware._recording.blocks import recorded
 from sqlasession_middleware._recording.masking import (
     MASK,
     is_secret,

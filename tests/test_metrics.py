@@ -185,6 +185,7 @@ def test_statements_are_counted_once_and_failures_apart(make: Any, collected: Co
 
     ask(app, work)
     points = [(dict(key), count) for key, count in collected.points("db.client.operation.duration").items()]
+    points = [(attributes, count) for attributes, count in points if "db.operation.name" not in attributes]
     assert sorted(("error.type" in attributes, count) for attributes, count in points) == [(False, 2), (True, 1)]
     url = app.engine.url
     for attributes, _ in points:
@@ -206,6 +207,44 @@ def test_failure_of_what_was_measured_is_not_measured_again(collected: Collected
     ask(app, work)
     (attributes,) = collected.points("db.client.operation.duration")
     assert "error.type" not in dict(attributes)
+
+
+def ends(collected: Collected) -> dict[tuple[str, str | None], int]:
+    """How many COMMITs and ROLLBACKs there were, by the class of their error."""
+    points = [(dict(key), count) for key, count in collected.points("db.client.operation.duration").items()]
+    return {
+        (each["db.operation.name"], each.get("error.type")): count
+        for each, count in points
+        if "db.operation.name" in each
+    }
+
+
+def test_commits_and_rollbacks_that_are_sent_are_timed(make: Any, collected: Collected) -> None:
+    app = make(transaction=True)
+    before = ends(collected)
+    ask(app, write)
+    assert ends(collected) == {**before, ("COMMIT", None): before.get(("COMMIT", None), 0) + 1}
+    rolled_back = before.get(("ROLLBACK", None), 0)
+    ask(app, lambda: (write(), doom()))
+    assert ends(collected)["ROLLBACK", None] == rolled_back + 1
+
+
+def test_commit_that_fails_is_counted_apart(collected: Collected, sqlite_url: str) -> None:
+    app = SQLASessionMiddleware(answer, sqlite_url)
+    metrics.observe(app, collected.provider)
+
+    def work() -> None:
+        session.execute(text("PRAGMA foreign_keys = ON"))
+        session.execute(text("CREATE TABLE a (id INTEGER PRIMARY KEY)"))
+        session.execute(text("CREATE TABLE b (id INTEGER REFERENCES a DEFERRABLE INITIALLY DEFERRED)"))
+        session.commit()
+        session.execute(text("INSERT INTO b VALUES (1)"))
+        with pytest.raises(DBAPIError):
+            session.commit()
+
+    ask(app, work)
+    assert ends(collected)["COMMIT", "IntegrityError"] == 1
+    app.dispose()
 
 
 def test_connections_are_counted_and_timed(make: Any, collected: Collected) -> None:

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import FetchedValue, ForeignKey, Integer, MetaData, String, bindparam, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -23,7 +24,8 @@ from sqlalchemy.orm.exc import StaleDataError
 from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, session
-from sqlasession_middleware.testing import no_n_plus_one
+from sqlasession_middleware._recording.blocks import recorded
+from sqlasession_middleware.testing import isolated, no_n_plus_one
 
 from .wsgi import Environ, StartResponse
 
@@ -167,6 +169,22 @@ def test_repeated_select_is_told_with_its_place_and_the_remedy(
     assert re.search(remedy, said)
     assert re.search(rf'File "[^"]*{re.escape(__file__.rpartition("/")[2])}", line \d+, in {work.__name__}', said)
     assert said.count(" times: ") == 1
+
+
+def test_repeated_select_on_a_connection_that_was_there_before_is_told(app: SQLASessionMiddleware) -> None:
+    with isolated(app):
+        ask(app, load_authors)
+        with pytest.raises(AssertionError, match="4 times: SELECT"), no_n_plus_one():
+            ask(app, load_books)
+        with no_n_plus_one(), pytest.raises(DBAPIError):
+            ask(app, lambda: session.execute(text("SELECT nothing FROM nowhere")))
+        with recorded() as record:
+            ask(app, core_each)
+            with app.engine.connect():  # Now it is recorded in full.
+                ask(app, core_each)
+    selects = [each for each in record.statements if each.is_read]
+    assert len(selects) == 2 * AUTHORS
+    assert record.seconds == pytest.approx(sum(each.seconds for each in record.statements))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import create_engine, insert, select, text
+from sqlalchemy import column, create_engine, event, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
@@ -295,6 +295,106 @@ def test_record_has_no_more_than_so_many_of_each(make: Any, monkeypatch: pytest.
     assert record.outcome == "committed"
 
 
+# -- fetching
+
+
+def busy(*values: Any) -> int:
+    """A function of SQLite's that takes five milliseconds."""
+    time.sleep(0.005)
+    return 1
+
+
+@pytest.fixture
+def slow_rows(sqlite_url: str) -> Iterator[SQLASessionMiddleware]:
+    """An application whose database looks for each row when it is fetched."""
+    engine = create_engine(sqlite_url)
+    event.listen(engine, "connect", lambda connection, _: connection.create_function("busy", 1, busy))
+    yield SQLASessionMiddleware(answer, engine, server_timing=True)
+    engine.dispose()
+
+
+ROWS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 9) SELECT i, busy(i) AS b FROM n"
+NUMBERS = list(range(1, 10))
+WAYS: dict[str, Callable[[], list[int]]] = {
+    "all": lambda: [each.i for each in session.execute(text(ROWS)).all()],
+    "one by one": lambda: [each.i for each in session.execute(text(ROWS))],
+    "by parts": lambda: [each.i for part in session.execute(text(ROWS)).partitions(2) for each in part],
+    "by the driver's parts": lambda: (
+        [each.i for each in session.connection().execute(text(ROWS)).fetchmany()] + NUMBERS[1:]
+    ),
+    "yield_per": lambda: [each.i for each in session.execute(text(ROWS)).yield_per(4)],
+    "yield_per, one by one": lambda: one_by_one(session.execute(text(ROWS)).yield_per(4)),
+    "yield_per, all": lambda: [each.i for each in session.execute(text(ROWS)).yield_per(4).all()],
+    "selected": lambda: list(session.scalars(select(column("i")).select_from(text(f"({ROWS})")).where(text("b = 1")))),
+    "streamed": lambda: list(
+        session.scalars(
+            select(column("i")).select_from(text(f"({ROWS})")).where(text("b = 1")),
+            execution_options={"stream_results": True, "max_row_buffer": 3},
+        )
+    ),
+}
+
+
+def one_by_one(result: Any) -> list[int]:
+    found = []
+    while (row := result.fetchone()) is not None:
+        found.append(row.i)
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fetching_is_timed_apart(slow_rows: SQLASessionMiddleware, way: str) -> None:
+    found: list[list[int]] = []
+    record, response = ask(slow_rows, lambda: found.append(WAYS[way]()))
+    assert found == [NUMBERS]
+    (statement,) = record.statements
+    least = 0.005 if "driver" in way else 0.04  # The first row comes with the statement, or is the only one.
+    assert statement.fetched == record.fetched >= (0 if "driver" in way else least)
+    told = float(re.search(r"db;dur=([\d.]+)", response.headers["Server-Timing"])[1])  # type: ignore[index]
+    assert told == pytest.approx((record.seconds + record.fetched) * 1000, abs=0.06)
+
+
+def test_failure_while_rows_are_fetched_is_noted(sqlite_engine: Any) -> None:
+    app = SQLASessionMiddleware(answer, sqlite_engine, server_timing=True)
+    failing = "SELECT 1 UNION ALL SELECT abs(-9223372036854775808)"
+
+    def work() -> None:
+        for options in ({}, {"yield_per": 1}):
+            with pytest.raises(DBAPIError):
+                session.execute(text(failing), execution_options=options).all()
+            with pytest.raises(DBAPIError):
+                session.execute(select(text("*")).select_from(text(f"({failing})")), execution_options=options).all()
+
+    record, _ = ask(app, work)
+    assert [type(each.error).__name__ for each in record.statements] == ["OperationalError"] * 4
+    assert record.seconds == pytest.approx(sum(each.seconds for each in record.statements))
+
+
+@pytest.mark.parametrize("size", [2, 100])
+def test_rows_of_a_server_side_cursor_are_timed(make: Any, server_url: str, size: int) -> None:
+    app = SQLASessionMiddleware(answer, server_url, metadata=Base.metadata, server_timing=True)
+    app.init_database()
+    found: list[int] = []
+
+    def work() -> None:
+        session.execute(insert(Item), [{"id": each} for each in NUMBERS])
+        found.extend(session.scalars(select(Item.id).order_by(Item.id), execution_options={"yield_per": size}))
+
+    record, _ = ask(app, work)
+    assert found == NUMBERS
+    assert record.statements[-1].fetched > 0
+    app.drop_database()
+    app.dispose()
+
+
+def test_time_of_fetching_is_in_the_log(slow_rows: SQLASessionMiddleware, caplog: pytest.LogCaptureFixture) -> None:
+    app = SQLASessionMiddleware(answer, slow_rows.engine, slow_requests={"seconds": 0})
+    ask(app, lambda: session.execute(text(ROWS)).all())
+    (logged,) = caplog.records
+    assert logged.slow.fetch_seconds >= 0.04  # type: ignore[attr-defined]
+    assert re.search(r"1 queries took 0\.0\d\d s, fetching their rows 0\.[0-9]+ s", logged.getMessage())
+
+
 # -- Server-Timing
 
 
@@ -308,7 +408,7 @@ def test_response_tells_what_the_database_took(make: Any, transaction: bool) -> 
     record, response = ask(app, lambda: (read(), write(), *(() if transaction else (session.commit(),))))
     told = metrics(response)
     assert list(told) == ["db", "db-wait", "db-commit"]
-    assert told["db"] == f'dur={record.seconds * 1000:.1f};desc="2 queries"'
+    assert told["db"] == f'dur={(record.seconds + record.fetched) * 1000:.1f};desc="2 queries"'
     assert told["db-commit"] == f"dur={record.committing * 1000:.1f}"
     assert len(response.headers["Server-Timing"]) < 300
 
@@ -413,6 +513,7 @@ def test_slow_request_is_logged_once(make: Any, caplog: pytest.LogCaptureFixture
         assert f"INSERT INTO {Item.__tablename__}" in said
         assert f'File "{__file__}"' in said
         assert (record.slow.queries, record.slow.outcome, record.slow.status) == (2, "committed", "200 OK")  # type: ignore[attr-defined]
+        assert (record.slow.trips > 2) is (app.engine.dialect.name != "sqlite")  # type: ignore[attr-defined]
         assert record.application is app  # type: ignore[attr-defined]
 
 

@@ -266,11 +266,11 @@ def test_reads_of_lazy_begin_stay_alone(make: Any, row: Row, monkeypatch: pytest
     alone: list[bool] = []
     read = Pipeline.read
 
-    def note(begin: Any, cursor: Any, execute: Any, is_known: bool) -> Any:
+    def note(pipeline: Any, begin: Any, cursor: Any, execute: Any, is_known: bool) -> Any:
         alone.append(is_known)
-        return read(begin, cursor, execute, is_known)
+        return read(pipeline, begin, cursor, execute, is_known)
 
-    monkeypatch.setattr(Pipeline, "read", staticmethod(note))
+    monkeypatch.setattr(Pipeline, "read", note)
     numbers = itertools.count()
     app = make(row.url(), sql_comments={"values": lambda environ: {"n": next(numbers)}})
     for _ in range(3):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import TwoPhaseTransaction, event
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from .._drivers.psycopg_pipeline import Pipeline
 
-__all__ = ["begin_lazily", "begin_now"]
+__all__ = ["begin_lazily", "begin_now", "count_waits"]
 
 #: The key in the ``info`` of a connection that says whether the server begins its transactions at READ COMMITTED.
 _IS_READ_COMMITTED: Final = "sqlasession_middleware.is_read_committed"
@@ -55,7 +55,7 @@ _REMEMBERED_AT_MOST: Final = 2000
 
 # The events are the dialect's, which Engine.execution_options() shares. Not SQLAlchemy's event.contains(): it knows
 # engines by their id, which an earlier one may have had.
-_begun_lazily: WeakSet[Dialect] = WeakSet()
+_begun_lazily: WeakKeyDictionary[Dialect, _LazyBegin | None] = WeakKeyDictionary()
 _listening = fork_safe_lock()
 
 
@@ -68,13 +68,23 @@ def begin_lazily(engine: Engine) -> None:
     with _listening:
         if engine.dialect in _begun_lazily:
             return
-        _begun_lazily.add(engine.dialect)
+        _begun_lazily[engine.dialect] = None
         pipeline = driver_of(engine).pipeline()
         if pipeline is not None:
-            lazy = _LazyBegin(pipeline, 2 if is_watched(engine) else 1)
+            lazy = _begun_lazily[engine.dialect] = _LazyBegin(pipeline, 2 if is_watched(engine) else 1)
             event.listen(engine, "do_execute", lazy.execute)
             event.listen(engine, "do_executemany", lazy.execute_many)
             event.listen(engine, "do_execute_no_params", lazy.execute_without_parameters)
+
+
+def count_waits(dialect: Dialect, note: Callable[[int], None]) -> None:
+    """Have somebody told by how much the waits of a statement differ from those of BEGIN and then the statement.
+
+    :param note: is called with -1 where they are one, and with the waits of a read that was tried alone in vain.
+    """
+    lazy = _begun_lazily.get(dialect)
+    if lazy is not None:
+        lazy.pipeline = lazy.pipeline.counting(note)
 
 
 def begin_now(connection: Connection) -> None:
@@ -95,28 +105,28 @@ class _LazyBegin:
     """
 
     def __init__(self, pipeline: Pipeline, listeners: int) -> None:
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         self._listeners = listeners
         #: which plain reads can be in a transaction of their own, by their texts before parameters are expanded
         self._can_be_alone: dict[str, bool] = {}
 
     def execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
         dialect = context.dialect
-        if not self._pipeline.is_idle(cursor) or len(dialect.dispatch.do_execute) > self._listeners:
+        if not self.pipeline.is_idle(cursor) or len(dialect.dispatch.do_execute) > self._listeners:
             return False
         call = partial(dialect.do_execute, cursor, statement, parameters, context)
         return self._begin(cursor, statement, parameters, context, call)
 
     def execute_many(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
         dialect = context.dialect
-        if not self._pipeline.is_idle(cursor) or len(dialect.dispatch.do_executemany) > self._listeners:
+        if not self.pipeline.is_idle(cursor) or len(dialect.dispatch.do_executemany) > self._listeners:
             return False
         call = partial(dialect.do_executemany, cursor, statement, parameters, context)
         return self._begin(cursor, statement, parameters, context, call)
 
     def execute_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
         dialect = context.dialect
-        if not self._pipeline.is_idle(cursor) or len(dialect.dispatch.do_execute_no_params) > self._listeners:
+        if not self.pipeline.is_idle(cursor) or len(dialect.dispatch.do_execute_no_params) > self._listeners:
             return False
         call = partial(dialect.do_execute_no_params, cursor, statement, context)
         return self._begin(cursor, statement, None, context, call)
@@ -124,7 +134,7 @@ class _LazyBegin:
     def _begin(
         self, cursor: Any, statement: Any, parameters: Any, context: ExecutionContext, call: Callable[[], object]
     ) -> bool:
-        pipeline = self._pipeline
+        pipeline = self.pipeline
         begin = pipeline.begin_of(cursor)
         connection = context.root_connection
         transaction = connection.get_transaction()

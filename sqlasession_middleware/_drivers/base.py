@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from socket import AF_INET, AF_INET6, SHUT_RDWR
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 
 from .._dependencies import socket_of
 from .failure import Failure
@@ -35,6 +35,7 @@ __all__ = [
     "file_number_of",
     "first_argument",
     "port_of",
+    "question_listeners",
     "read_attribute",
     "text_of",
 ]
@@ -216,6 +217,8 @@ class Driver:
     ends_rows_silently = False
     #: Whether ``executemany()`` makes one INSERT for many rows, if a pattern finds that there is nothing behind VALUES.
     gathers_rows = False
+    #: How often it waits when it fetches rows of a server-side cursor, and when it closes one.
+    waits_for_rows = 0
 
     def __init__(self, server: Server | None = None) -> None:
         if server is not None:
@@ -299,6 +302,24 @@ class Driver:
     def is_aborted(self, connection: Connection) -> bool:
         """Whether the server has given up the transaction, and would answer a COMMIT with a ROLLBACK and no error."""
         return False
+
+    def waits_to_begin(self, driver_connection: Any) -> bool:
+        """Whether it waits for the answer to a BEGIN of its own before it sends what comes next."""
+        return False
+
+    def waits_of_end(self, driver_connection: Any, kind: Literal["commit", "rollback"]) -> int:
+        """How often it waits for an answer when it commits or rolls back; 0 if it knows that there is nothing to end.
+
+        A driver that works without a server waits for its file.
+        """
+        return 1
+
+    def waits_of(self, cursor: Any, statement: object, many: int | None) -> int:
+        """How often it waits for an answer when it executes a statement.
+
+        :param many: how many sets of parameters ``executemany()`` has got; None for ``execute()``.
+        """
+        return (1 if many is None else many) if self.server.is_networked else 0
 
     def has_autocommit(self, connection: Connection) -> bool:
         """Whether the driver itself was told to commit each statement, without SQLAlchemy's knowledge."""
@@ -489,8 +510,14 @@ class Driver:
         return next((number for number in map(file_number_of, candidates) if number is not None), None)
 
 
+#: Called before each question, if somebody counts them.
+question_listeners: list[Callable[[], None]] = []
+
+
 def ask(driver_connection: Any, statement: str) -> Any:
     """The first row of the answer to a query."""
+    for listener in question_listeners:
+        listener()
     cursor = driver_connection.cursor()
     try:
         cursor.execute(statement)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .base import Code, ask, file_number_of, port_of, read_attribute, text_of
 from .failure import Failure
@@ -118,6 +118,7 @@ class LibpqDriver(PostgreSQLDriver):
 
     connect_timeout = "connect_timeout"
     keeps_alive = True
+    waits_for_rows = 1
     #: The attribute of its errors with the SQLSTATE.
     sqlstate: str
 
@@ -186,6 +187,12 @@ class LibpqDriver(PostgreSQLDriver):
         # setting or a lock that the request still needs. One that was aborted still has the error of its COMMIT.
         status = self.transaction_status(connection.connection.dbapi_connection)
         return status == TRANSACTION_IDLE and not self.has_autocommit(connection)
+
+    def waits_to_begin(self, driver_connection: Any) -> bool:
+        return self.transaction_status(driver_connection) == TRANSACTION_IDLE and not driver_connection.autocommit
+
+    def waits_of_end(self, driver_connection: Any, kind: Literal["commit", "rollback"]) -> int:
+        return int(self.transaction_status(driver_connection) != TRANSACTION_IDLE)
 
     def transaction_status(self, driver_connection: Any) -> int | None:
         """What libpq knows of the transaction; None if the driver does not pass that on."""

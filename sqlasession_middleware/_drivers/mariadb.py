@@ -47,6 +47,9 @@ class MariaDBConnector(MySQLDriver):
     def is_at_rest(self, driver_connection: Any) -> bool:
         return super().is_at_rest(driver_connection) and getattr(driver_connection, LAST_STATEMENT) is None
 
+    def waits_of(self, cursor: Any, statement: object, many: int | None) -> int:
+        return 1  # It sends the parameters of executemany() together.
+
     def connection_number(self, driver_connection: Any) -> int | None:
         return number_of(read_attribute(driver_connection, "connection_id"))
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import cache, partial, wraps
 from importlib import import_module
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sqlalchemy import text
 
@@ -134,6 +134,10 @@ UNLOCK_CREATION: Final = f"SELECT RELEASE_LOCK({CREATING})"
 ASK_LIMITS: Final = (
     "SELECT @@max_connections, CONCAT('max_user_connections of ', CURRENT_USER()), @@max_user_connections"
 )
+
+
+#: Of these, ``executemany()`` makes one statement of many rows.
+_INSERT: Final = re.compile(r"\s*(INSERT|REPLACE)\b", re.IGNORECASE)
 
 
 class CompatibleWithMySQL(Server):
@@ -290,6 +294,14 @@ class MySQLDriver(Driver):
         finally:
             other.close()
         return True
+
+    def waits_of_end(self, driver_connection: Any, kind: Literal["commit", "rollback"]) -> int:
+        is_at_rest = hasattr(driver_connection, "at_rest") and self.is_at_rest(driver_connection)
+        return int(kind == "commit" or not is_at_rest)
+
+    def waits_of(self, cursor: Any, statement: object, many: int | None) -> int:
+        is_gathered = self.gathers_rows and isinstance(statement, str) and _INSERT.match(statement) is not None
+        return 1 if many is None or is_gathered else many
 
     def connection_number(self, driver_connection: Any) -> int | None:
         """The number that the server knows a connection by."""

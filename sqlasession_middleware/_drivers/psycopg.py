@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+from .._dependencies import has_prepared
 from .base import read_attribute
 from .libpq import LibpqDriver
 
@@ -33,6 +34,15 @@ class Psycopg(LibpqDriver):
 
     def prepares(self, driver_connection: Any) -> bool:
         return read_attribute(driver_connection, "prepare_threshold") is not None
+
+    def waits_of(self, cursor: Any, statement: object, many: int | None) -> int:
+        # A server-side cursor, which has a name, is declared and described. executemany() uses the pipeline mode.
+        return 2 if hasattr(cursor, "name") else 1
+
+    def waits_of_end(self, driver_connection: Any, kind: Literal["commit", "rollback"]) -> int:
+        waits = super().waits_of_end(driver_connection, kind)
+        # After a ROLLBACK it has the server forget what was prepared.
+        return waits + (kind == "rollback" and waits > 0 and has_prepared(driver_connection))
 
     def transaction_status(self, driver_connection: Any) -> int | None:
         # Each read of ``info`` makes an object.

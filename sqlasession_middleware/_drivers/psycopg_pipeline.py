@@ -77,6 +77,10 @@ _REFUSE_OTHER_THAN_TABLES: Final = """
 class Pipeline:
     """Begins transactions in pipeline mode."""
 
+    def counting(self, note: Callable[[int], None]) -> CountingPipeline:
+        """The same, with its waits counted."""
+        return CountingPipeline(note)
+
     @staticmethod
     def is_supported() -> bool:
         """Whether libpq has the pipeline mode, as version 14 and later do."""
@@ -104,8 +108,7 @@ class Pipeline:
             return None
         return _BEGINS.get((connection.isolation_level, connection.read_only))
 
-    @staticmethod
-    def read(begin: Begin, cursor: Any, execute: Callable[[], object], is_known: bool) -> Outcome:
+    def read(self, begin: Begin, cursor: Any, execute: Callable[[], object], is_known: bool) -> Outcome:
         """Execute a SELECT in a transaction of its own, which cannot write.
 
         :param execute: executes it with ``cursor``.
@@ -140,8 +143,7 @@ class Pipeline:
             setattr(connection, AUTOCOMMIT, False)
         return Outcome.DONE
 
-    @staticmethod
-    def begin(begin: Begin, cursor: Any, execute: Callable[[], object], ask_level: bool = False) -> str | None:
+    def begin(self, begin: Begin, cursor: Any, execute: Callable[[], object], ask_level: bool = False) -> str | None:
         """Begin a transaction with its first statement.
 
         :param execute: executes it with ``cursor``.
@@ -161,8 +163,7 @@ class Pipeline:
         row = control.fetchone() if ask_level else None
         return None if row is None else str(row[0])
 
-    @staticmethod
-    def begin_alone(begin: Begin, connection: Any) -> None:
+    def begin_alone(self, begin: Begin, connection: Any) -> None:
         """Begin a transaction before whatever comes next, unless one is open.
 
         :param connection: psycopg's. If it is lost, what comes next will tell.
@@ -175,6 +176,34 @@ class Pipeline:
                 Cursor(connection).execute(begin.text, prepare=False)
         finally:
             setattr(connection, AUTOCOMMIT, False)
+
+
+class CountingPipeline(Pipeline):
+    """Tells by how much its waits differ from those of BEGIN and then the statement.
+
+    :param note: is called with the difference.
+    """
+
+    def __init__(self, note: Callable[[int], None]) -> None:
+        self._note = note
+
+    def read(self, begin: Begin, cursor: Any, execute: Callable[[], object], is_known: bool) -> Outcome:
+        outcome = None
+        try:
+            outcome = super().read(begin, cursor, execute, is_known)
+            return outcome
+        finally:
+            # In vain it has waited for the read and for ROLLBACK, and the statement is still to be sent.
+            self._note(-1 if outcome in (None, Outcome.DONE) else 2)
+
+    def begin(self, begin: Begin, cursor: Any, execute: Callable[[], object], ask_level: bool = False) -> str | None:
+        self._note(-1)
+        return super().begin(begin, cursor, execute, ask_level)
+
+    def begin_alone(self, begin: Begin, connection: Any) -> None:
+        if connection.pgconn.transaction_status == _IDLE and not connection.autocommit:
+            self._note(1)
+        super().begin_alone(begin, connection)
 
 
 def _send(connection: Any, *steps: str | Callable[[], object]) -> None:

@@ -8,7 +8,7 @@ import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import uuid4
 
 from sqlalchemy import event
@@ -139,6 +139,9 @@ class SQLiteDriver(Driver):
         if getattr(driver_connection, "in_transaction", True):
             return False
         return not _has_active_statement(driver_connection)
+
+    def waits_of_end(self, driver_connection: Any, kind: Literal["commit", "rollback"]) -> int:
+        return int(getattr(driver_connection, "in_transaction", True))
 
     def begin_writing(self, connection: Connection, always: bool = False) -> None:
         driver_connection: Any = connection.connection.dbapi_connection

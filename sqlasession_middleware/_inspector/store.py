@@ -10,13 +10,14 @@ import logging
 import os
 import secrets
 import sqlite3
+import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from json import dumps, loads
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from .._database.forks import after_fork, fork_safe_lock
 from ..errors import ConfigurationError, shown
 from .kept import Kept, Original, summary
 
@@ -47,6 +48,13 @@ _FORGET: Final = """
         ) WHERE place > ? OR (total > ? AND place > 1)
     )
 """
+#: Held while any store has its file open. SQLite keeps the locks of a process, and the shared memory of a WAL, by file:
+#: with a connection that is open in a fork, the child would think that it has them ("How To Corrupt An SQLite Database
+#: File", 2.6). So connections are short, and a fork waits for their end.
+_using: Final = threading.RLock()
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(before=_using.acquire, after_in_parent=_using.release, after_in_child=_using.release)
+
 _PLAIN: Final = (str, int, float, bool, type(None))
 
 
@@ -64,22 +72,18 @@ class Store:
         self._file = self._folder / "requests.sqlite3"
         self._requests = requests
         self._most = most
-        self._connection: sqlite3.Connection | None = None
-        #: the file that the connection has open
-        self._identity: tuple[int, int] | None = None
-        self._lock = fork_safe_lock()
         self._has_complained = False
-        # The parent's connection is not closed in a child: SQLite would drop the parent's locks.
-        self._inherited: list[sqlite3.Connection | None] = []
-        after_fork(self._forget_connection)
 
     def token(self) -> str:
         """The token that all processes share: that of the first one."""
         path = self._folder / "token"
+        descriptor, own = tempfile.mkstemp(dir=self._folder)  # With the mode 0600.
+        with open(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(24))
+        # Nobody sees a file that is not complete.
         with suppress(FileExistsError):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w", encoding="ascii") as file:
-                file.write(secrets.token_urlsafe(24))
+            os.link(own, path)
+        os.unlink(own)
         return path.read_text("ascii")
 
     def add(self, kept: Kept) -> None:
@@ -121,52 +125,34 @@ class Store:
 
     def _do(self, what: Callable[[sqlite3.Connection], Result], otherwise: Result, may_renew: bool = True) -> Result:
         """Do something with the file; once more with a new one, if this one is damaged."""
-        with self._lock:
+        with _using:
             try:
                 with self._connected() as connection:
                     return what(connection)
             except (sqlite3.Error, OSError) as error:
                 if may_renew and isinstance(error, sqlite3.DatabaseError) and not _is_busy(error):
-                    self._remove()
+                    for end in ("", "-wal", "-shm"):
+                        Path(f"{self._file}{end}").unlink(missing_ok=True)
                     return self._do(what, otherwise, may_renew=False)
                 self._complain(error)
                 return otherwise
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        """The connection to the file that is there now."""
-        if self._connection is not None and self._identity != _identity(self._file):
-            self._close()
-        if self._connection is None:
-            self._folder.mkdir(0o700, parents=True, exist_ok=True)  # Somebody may have deleted it.
-            # SQLite makes its other files with the mode of this one.
-            os.close(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600))
-            connection = sqlite3.connect(self._file, _PATIENCE, isolation_level=None, check_same_thread=False)
-            self._connection = connection
+        """A connection to the file that is there now."""
+        self._folder.mkdir(0o700, parents=True, exist_ok=True)  # Somebody may have deleted it.
+        # SQLite makes its other files with the mode of this one.
+        os.close(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600))
+        with closing(sqlite3.connect(self._file, _PATIENCE, isolation_level=None)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = OFF")
             connection.execute(_TABLE)
-            self._identity = _identity(self._file)
-        yield self._connection
-
-    def _remove(self) -> None:
-        self._close()
-        for end in ("", "-wal", "-shm"):
-            Path(f"{self._file}{end}").unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        with suppress(sqlite3.Error, AttributeError):  # There may be none.
-            self._connection.close()  # type: ignore[union-attr]  # then there is nothing to close
-        self._connection = None
+            yield connection
 
     def _complain(self, error: Exception) -> None:
         if not self._has_complained:
             self._has_complained = True
             logger.warning("Requests cannot be kept in %s: %s", self._file, error)
-
-    def _forget_connection(self) -> None:  # pragma: no cover  # in a child
-        self._inherited.append(self._connection)
-        self._connection = None
 
 
 def _prepare(folder: Any) -> Path:
@@ -182,14 +168,6 @@ def _prepare(folder: Any) -> Path:
         problem = f"must be a folder that only the user of this process can read: chmod 700 {path}"
         raise ConfigurationError("store", problem)
     return path
-
-
-def _identity(file: Path) -> tuple[int, int] | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _is_busy(error: sqlite3.DatabaseError) -> bool:

@@ -6,6 +6,7 @@ SQLASessionMiddleware sees the commit as well. Those that still run are kept apa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 __all__ = ["Keeper", "Watch"]
+
+logger = logging.getLogger("sqlasession_middleware.inspector")
 
 
 class Keeper(Protocol):
@@ -57,9 +60,9 @@ class Watch:
         """Call an application, and keep what it does."""
         running = self._begin(environ)
 
-        def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
             running.status = status
-            return start_response(status, headers, *exc_info)
+            return start_response(status, headers) if exc_info is None else start_response(status, headers, exc_info)
 
         try:
             body, is_file = call_with_file_wrapper(app, environ, start)
@@ -104,8 +107,11 @@ class Watch:
             for each in over:
                 del self._running[each.number]
         for each in over:
-            each.finish()
-            self._keeper.add(each.keep(self._engines))
+            try:
+                each.finish()
+                self._keeper.add(each.keep(self._engines))
+            except Exception:  # It has been answered, and whoever asked has no use for this.
+                logger.exception("A request cannot be kept")
 
     def summaries(self) -> list[dict[str, Any]]:
         """All requests as the list shows them, the last one first, and those before that still run."""

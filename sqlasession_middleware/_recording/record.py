@@ -43,6 +43,7 @@ class Statement:
         "end",
         "engine",
         "error",
+        "fetched",
         "hold",
         "is_many",
         "parameters",
@@ -69,6 +70,8 @@ class Statement:
     rows: int
     #: what the driver has raised
     error: BaseException | None
+    #: seconds that the driver took to fetch its rows, so far: see :mod:`.fetching`
+    fetched: float
     #: the connection that it was sent on, while it was out of its pool
     hold: Hold | None
     #: "Author.books", if the ORM has sent it to load that of one object; "Author", if it was to load attributes of one
@@ -88,8 +91,13 @@ class Statement:
 
     @property
     def seconds(self) -> float:
-        """How long the driver took."""
+        """How long the driver took to execute it, without :attr:`fetched`."""
         return max(self.end - self.begin, 0.0)
+
+    @property
+    def total(self) -> float:
+        """How long the driver took with all of it, in seconds."""
+        return self.seconds + self.fetched
 
 
 class Hold:
@@ -118,7 +126,10 @@ class Wait(NamedTuple):
 
 
 class End(NamedTuple):
-    """A COMMIT or ROLLBACK of a connection. Those of two phases are statements."""
+    """A COMMIT or ROLLBACK of a connection. Those of two phases are statements.
+
+    :param is_sent: False if the driver knew that there was nothing to end.
+    """
 
     kind: Literal["commit", "rollback"]
     engine: str
@@ -127,6 +138,7 @@ class End(NamedTuple):
     end: float
     error: BaseException | None
     is_outcome_unknown: bool
+    is_sent: bool
 
 
 class Record:
@@ -149,8 +161,13 @@ class Record:
         #: how many there were; no list has more than :attr:`most`
         self.count = 0
         self.most = AT_MOST
-        #: seconds of all statements
+        #: seconds of all statements, until they were executed
         self.seconds = 0.0
+        #: seconds of fetching their rows
+        self.fetched = 0.0
+        #: how often it has waited for a server to answer, without those by which a connection is made: a statement that
+        #: is sent together with its BEGIN is one. SQLite has no server.
+        self.trips = 0
         #: seconds of all waits for pools
         self.waited = 0.0
         #: seconds of all COMMITs

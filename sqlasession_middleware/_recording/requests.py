@@ -72,7 +72,7 @@ def _start(
 def server_timing(record: Record) -> str:
     """The value of a header ``Server-Timing``: milliseconds of what the request has waited for so far."""
     queries = "query" if record.count == 1 else "queries"
-    metrics = [f'db;dur={record.seconds * 1000:.1f};desc="{record.count} {queries}"']
+    metrics = [f'db;dur={(record.seconds + record.fetched) * 1000:.1f};desc="{record.count} {queries}"']
     if record.waits:
         metrics.append(f"db-wait;dur={record.waited * 1000:.1f}")
     if record.ends and (committing := record.committing):
@@ -114,7 +114,9 @@ class Slow(NamedTuple):
     status: str
     seconds: float
     queries: int
+    trips: int
     query_seconds: float
+    fetch_seconds: float
     wait_seconds: float
     hold_seconds: float
     commit_seconds: float
@@ -129,19 +131,21 @@ def _log(record: Record, owner: Any) -> None:
         record.status,
         record.end - record.begin,
         record.count,
+        record.trips,
         record.seconds,
+        record.fetched,
         record.waited,
         record.held,
         record.committing,
         record.last_attempt,
         record.outcome,
     )
-    worst = sorted(record.statements, key=lambda each: each.seconds, reverse=True)[:WORST]
+    worst = sorted(record.statements, key=lambda each: each.total, reverse=True)[:WORST]
     logger.warning(
-        "Slow: %s %r: %s after %.3f s; %d queries took %.3f s, waits for a connection %.3f s, commits %.3f s;"
-        " connections were held for %.3f s; attempt %d, %s%s",
+        "Slow: %s %r: %s after %.3f s; %d queries took %.3f s, fetching their rows %.3f s, waits for a connection"
+        " %.3f s, commits %.3f s; connections were held for %.3f s; attempt %d, %s%s",
         *(told.method, told.path, told.status or "no response", told.seconds, told.queries, told.query_seconds),
-        *(told.wait_seconds, told.commit_seconds, told.hold_seconds, told.attempt, told.outcome),
+        *(told.fetch_seconds, told.wait_seconds, told.commit_seconds, told.hold_seconds, told.attempt, told.outcome),
         owner.without_secrets("".join(map(_shown, worst))),
         extra={"application": owner, "slow": told},
     )
@@ -149,4 +153,4 @@ def _log(record: Record, owner: Any) -> None:
 
 def _shown(statement: Statement) -> str:
     called = format_stack(application_frames(statement.stack)[:5])
-    return f"\n{statement.seconds:.3f} s on {statement.engine}: {' '.join(statement.sql.split())[:1000]}\n{called}"
+    return f"\n{statement.total:.3f} s on {statement.engine}: {' '.join(statement.sql.split())[:1000]}\n{called}"

@@ -10,14 +10,18 @@ from types import CodeType, FrameType
 from typing import Final
 
 import sqlalchemy
+from sqlalchemy import Connection
 
-__all__ = ["Stack", "application_frames", "format_stack", "take_stack"]
+from .._dependencies import calling_frame
+
+__all__ = ["Stack", "application_frames", "format_stack", "take_stack", "take_statement_stack"]
 
 #: The calls, the innermost first: the code, and the index of its instruction.
 Stack = tuple[tuple[CodeType, int], ...]
 
-#: How many calls of others than SQLAlchemy and this library are kept. Each takes a tenth of a microsecond.
-_FRAMES_AT_MOST: Final = 15
+#: How many calls of others than SQLAlchemy and this library are kept, one of the application counted as two. Each takes
+#: a tenth of a microsecond. A framework may have many before the application is called.
+_CALLS_AT_MOST: Final = 16
 
 #: The folders of SQLAlchemy and of this library. They are full paths, because an application may be in a folder of the
 #: same name.
@@ -34,24 +38,45 @@ _INSTALLED_FOLDERS = tuple(
 )
 _TEST_RUNNER_FOLDERS = ("/_pytest/", "/pluggy/")
 
-#: Whether a file is one of SQLAlchemy or of this library.
-_is_library: dict[str, bool] = {}
+#: What a call of a file counts, as far as that is known: 0 for SQLAlchemy and this library, 2 for the application.
+_counted: dict[str, int] = {}
+
+
+#: How far ``Connection.execute()`` is from a function that a listener of ``before_cursor_execute`` calls. What is
+#: between is SQLAlchemy's own, and Python has to make an object for each call that is looked at.
+_DISTANCE: Final = 6
+_EXECUTE: Final = Connection.execute.__code__
+
+
+def take_statement_stack() -> Stack:
+    """The calls that lead to a statement, for a listener of ``before_cursor_execute``."""
+    try:
+        frame = calling_frame(_DISTANCE)
+    except ValueError:  # There are not so many.
+        return take_stack(calling_frame(1))
+    return take_stack(frame.f_back if frame.f_code is _EXECUTE else calling_frame(1))
 
 
 def take_stack(frame: FrameType | None) -> Stack:
     """The calls that lead to a frame, without those of SQLAlchemy and of this library."""
     calls: list[tuple[CodeType, int]] = []
-    known = _is_library
-    while frame is not None and len(calls) < _FRAMES_AT_MOST:
+    known = _counted
+    left = _CALLS_AT_MOST
+    while frame is not None and left > 0:
         code = frame.f_code
         name = code.co_filename
-        skipped = known.get(name)
-        if skipped is None:
-            skipped = known[name] = name.startswith(_LIBRARY_FOLDERS)
-        if not skipped:
+        counts = known.get(name)
+        if counts is None:
+            counts = known[name] = _count(name)
+        if counts:
             calls.append((code, frame.f_lasti))  # Its line takes longer to find.
+            left -= counts
         frame = frame.f_back
     return tuple(calls)
+
+
+def _count(name: str) -> int:
+    return 0 if name.startswith(_LIBRARY_FOLDERS) else 1 if _is_installed(name) else 2
 
 
 def application_frames(stack: Stack) -> Stack:
