@@ -205,5 +205,7 @@ def test_account_of_do_connect_is_asked_for_at_each_new_connection(server_url: s
     assert len(asked) == 1
     database.engine.dispose()
     assert Client(database).get("/", buffered=True).status_code == 200
-    assert asked == ["nobody_has_this_name"] * 2
+    # SQLAlchemy 2.0 hands the dict on, with what the listener has put into it.
+    assert len(asked) == 2
+    assert asked[0] == "nobody_has_this_name"
     database.dispose()
