@@ -107,6 +107,41 @@ def test_query_is_repeated_only_if_its_connection_was_killed(what: str, server_u
         database.dispose()
 
 
+# docs/timeouts.rst, "Idle in transaction"
+
+
+def test_transaction_that_is_idle_for_too_long_is_repeated(server_url: str, other: Engine) -> None:
+    """Also after its first statement, which psycopg sends together with BEGIN."""
+    postgresql = other.dialect.name == "postgresql"
+    limit = {"options": "-c idle_in_transaction_session_timeout=100"}
+    if not postgresql:
+        limit = {"init_command": "SET SESSION idle_transaction_timeout = 1"}
+    idle = (
+        "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction' AND datname = current_database()"
+        if postgresql
+        else "SELECT count(*) FROM information_schema.processlist WHERE db = database() AND id <> connection_id()"
+    )
+    attempts = []
+
+    def app(environ: Environ, start: StartResponse) -> Iterable[bytes]:
+        attempts.append(environ["sqlasession.attempt"])
+        session.execute(insert(Message).values(id=2, text="new"))
+        if len(attempts) == 1:
+            until = time.monotonic() + PATIENCE
+            with other.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                while connection.scalar(text(idle)) and time.monotonic() < until:
+                    time.sleep(0.01)
+        session.execute(insert(Message).values(id=3, text="new"))
+        start("200 OK", [("Content-Type", "text/plain")])
+        return [b"done"]
+
+    options = {"connect_args": limit}
+    database = SQLASessionMiddleware(app, server_url, transaction={"attempts": 2}, engine_options=options)
+    assert Client(database).get("/", buffered=True).text == "done"
+    database.dispose()
+    assert attempts == [1, 2]
+
+
 # docs/websockets.rst, "Long polling"
 
 
