@@ -39,8 +39,9 @@ lint: $(VENV)/installed-lint ## check style, with ruff
 types: $(VENV)/installed-lint ## check types, with mypy
 	$(BIN)/mypy
 
+# -E: of pages that have not changed, a saved environment forgets the index entries, which the search needs.
 docs: $(VENV)/installed-docs ## build the documentation's pages
-	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	$(BIN)/sphinx-build -E -W --keep-going -q docs docs/_build/html
 	@echo 'The pages are in docs/_build/html: begin with docs/_build/html/index.html'
 
 screenshots: $(VENV)/installed-screenshots ## make the pictures in docs/_static; needs chromium and chromedriver

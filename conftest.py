@@ -18,6 +18,8 @@ everywhere = [
     CodeBlockParser("python", evaluate_python),
     CodeBlockParser("console", evaluate_console),
     CodeBlockParser("text", evaluate_file),
+    CodeBlockParser("yaml", evaluate_file),
+    CodeBlockParser("docker", evaluate_file),
 ]
 files = CodeBlockParser("ini", evaluate_file)
 

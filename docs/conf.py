@@ -16,6 +16,7 @@ html_title = f"sqlasession_middleware {version}"
 pygments_dark_style = "github-dark"
 html_static_path = ["_static"]
 html_css_files = ["docs.css"]
+html_js_files = ["tables.js"]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"

@@ -37,6 +37,7 @@ __all__ = [
     "LAST_STATEMENT",
     "ON_CONNECT_ISOLATION_LEVEL",
     "OVERRIDDEN",
+    "PIPELINE",
     "PREFIXES",
     "RAW_COLUMNS",
     "READ_TIMEOUT",
@@ -52,6 +53,7 @@ __all__ = [
     "creator_of",
     "current_object",
     "disown",
+    "ending_with_sync",
     "flush_error",
     "goes_on_after",
     "has_prepared",
@@ -292,11 +294,13 @@ def was_handled(traceback: TracebackType | None) -> bool:
 
 
 #: The private names that a class of this library overrides. All methods of a ``scoped_session`` find their Session by
-#: ``_proxied``; to override each of them instead would add a call to each. Flask-SQLAlchemy documents its methods as
+#: ``_proxied``; to override each of them instead would add a call to each. How psycopg leaves a pipeline is no option:
+#: see ``ending_with_sync()``. Flask-SQLAlchemy documents its methods as
 #: "internal setup", whose names and signatures may change; without them its ``init_app()`` would have to be copied. The
 #: extra names the versions, and its own tests are run: ``tests/drop_in``.
 OVERRIDDEN: Final = frozenset(
     {
+        ("EndingWithSync", "_exit_gen"),
         ("ScopeSession", "_proxied"),
         ("FlaskSession", "_proxied"),
         ("SQLAlchemy", "_apply_driver_defaults"),
@@ -419,6 +423,32 @@ def send_with_next(pipeline: Any, command: str) -> None:
     """
     pipeline.pgconn.send_query_params(command.encode(), None)
     pipeline.result_queue.append(None)
+
+
+#: Where psycopg's connection has its Pipeline while one is entered; None otherwise.
+PIPELINE: Final = "_pipeline"
+
+
+def ending_with_sync(pipeline: type[Any], send: Callable[[Any], Any]) -> type[Any]:
+    """A subclass of psycopg's Pipeline whose last message is a Sync.
+
+    psycopg ends a pipeline with a Sync, and with a Flush, by which it means to send what is left in libpq's buffer. The
+    Flush comes to PostgreSQL after its ReadyForQuery. It ends the wait for a command, and with it the clock of
+    ``idle_in_transaction_session_timeout``, and begins no other. Here the buffer is sent without a Flush.
+
+    :param send: psycopg's generator that sends the buffer of a ``PGconn``.
+    """
+
+    class EndingWithSync(pipeline):  # type: ignore[misc]  # psycopg is not imported here.
+        def _exit_gen(self) -> Any:
+            self._enqueue_sync()
+            try:
+                yield from self._communicate_gen()
+            finally:
+                yield from send(self.pgconn)
+                yield from self._fetch_gen(flush=False)
+
+    return EndingWithSync
 
 
 #: Where the cursors of MariaDB Connector/Python, which send by themselves, note each statement at their connection

@@ -2,7 +2,8 @@
 
 Each page has a folder of its own as its working directory.
 
-A block with a ``:caption:`` is a file of that name, in the folder that is current at that point.
+A block with a ``:caption:``, also of YAML or a Dockerfile, is a file of that name, in the folder that is
+current at that point.
 
 A ``console`` block has a command after each ``$``, which has to exit with 0. Lines below a command are the expected
 output; ``...`` stands for anything, as in doctests. The text after ``>>>`` is the input. The effects of ``cd`` and

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import falcon
@@ -632,6 +633,32 @@ def test_send_with_next() -> None:
         assert driver_connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
         with pytest.raises(psycopg.errors.SyntaxError), driver_connection.pipeline() as pipeline:
             _dependencies.send_with_next(pipeline, "no SQL")
+    engine.dispose()
+
+
+def test_ending_with_sync() -> None:
+    """What the subclass calls is there, and its last message is a Sync ("S"): a Flush is an "H"."""
+    psycopg = pytest.importorskip("psycopg")
+    from psycopg.generators import send
+
+    ending_with_sync = _dependencies.ending_with_sync(psycopg.Pipeline, send)
+    engine = create_engine(rows_of("psycopg")[0].values[0].url())
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        driver_connection: Any = connection.connection.dbapi_connection
+        assert getattr(driver_connection, _dependencies.PIPELINE) is None
+        with TemporaryFile() as trace:
+            driver_connection.pgconn.trace(trace.fileno())
+            setattr(driver_connection, _dependencies.PIPELINE, ending_with_sync(driver_connection))
+            cursor = driver_connection.cursor()
+            with driver_connection.pipeline() as pipeline:
+                assert type(pipeline) is ending_with_sync
+                cursor.execute("SELECT 1")
+            driver_connection.pgconn.untrace()
+            assert cursor.fetchone() == (1,)
+            assert getattr(driver_connection, _dependencies.PIPELINE) is None
+            trace.seek(0)
+            sent = [line.split(b"\t")[3] for line in trace.read().splitlines() if line.split(b"\t")[1] == b"F"]
+        assert sent[-1] == b"Sync"
     engine.dispose()
 
 

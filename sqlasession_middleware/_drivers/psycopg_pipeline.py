@@ -17,15 +17,17 @@ from typing import Any, Final, NamedTuple
 from psycopg import Cursor, Error, IsolationLevel, ProgrammingError
 from psycopg import Pipeline as PsycopgPipeline
 from psycopg.errors import FeatureNotSupported, InvalidTextRepresentation, ReadOnlySqlTransaction
+from psycopg.generators import send
 from psycopg.pq import PipelineStatus, TransactionStatus
 
-from .._dependencies import AUTOCOMMIT, send_with_next
+from .._dependencies import AUTOCOMMIT, PIPELINE, ending_with_sync, send_with_next
 
 __all__ = ["Begin", "Outcome", "Pipeline"]
 
 _IDLE: Final = TransactionStatus.IDLE
 _IN_TRANSACTION: Final = TransactionStatus.INTRANS
 _NO_PIPELINE: Final = PipelineStatus.OFF
+_EndingWithSync: Final = ending_with_sync(PsycopgPipeline, send)
 
 
 class Begin(NamedTuple):
@@ -216,6 +218,7 @@ def _send(connection: Any, *steps: str | Callable[[], object]) -> None:
     handled = sys.exception()
     first: BaseException | None = None
     try:
+        setattr(connection, PIPELINE, _EndingWithSync(connection))  # psycopg enters it, as it does one in a pipeline.
         with connection.pipeline() as pipeline:
             try:
                 for step in steps:
@@ -232,6 +235,7 @@ def _send(connection: Any, *steps: str | Callable[[], object]) -> None:
         if first is None or not isinstance(found, Error):
             first = found
     finally:
+        setattr(connection, PIPELINE, None)  # It was not entered if the connection is closed.
         if connection.pgconn.pipeline_status != _NO_PIPELINE:
             connection.close()  # The server has gone in the middle. SQLAlchemy sees that by the closed connection.
     if first is not None:
