@@ -37,6 +37,7 @@ __all__ = [
     "LAST_STATEMENT",
     "ON_CONNECT_ISOLATION_LEVEL",
     "OVERRIDDEN",
+    "PIPELINE",
     "PREFIXES",
     "RAW_COLUMNS",
     "READ_TIMEOUT",
@@ -64,7 +65,6 @@ __all__ = [
     "outdate_connections",
     "ping",
     "reinitialize_lock",
-    "send_with_next",
     "set_execution_options",
     "socket_number_of",
     "socket_of",
@@ -293,7 +293,8 @@ def was_handled(traceback: TracebackType | None) -> bool:
 #: The private names that a class of this library overrides. All methods of a ``scoped_session`` find their Session by
 #: ``_proxied``; to override each of them instead would add a call to each. Flask-SQLAlchemy documents its methods as
 #: "internal setup", whose names and signatures may change; without them its ``init_app()`` would have to be copied. The
-#: extra names the versions, and its own tests are run: ``tests/drop_in``.
+#: extra names the versions, and its own tests are run: ``tests/drop_in``. psycopg calls ``_communicate_gen()`` to send
+#: a statement that a cursor has added to a pipeline, and nothing else keeps it from that.
 OVERRIDDEN: Final = frozenset(
     {
         ("ScopeSession", "_proxied"),
@@ -302,6 +303,7 @@ OVERRIDDEN: Final = frozenset(
         ("SQLAlchemy", "_make_engine"),
         ("SQLAlchemy", "_make_scoped_session"),
         ("SQLAlchemy", "_teardown_session"),
+        ("_Batch", "_communicate_gen"),
     }
 )
 
@@ -404,15 +406,10 @@ def answers_within(connection: Any, seconds: float | None) -> Iterator[None]:
 #: Python's own may be left by the exception of a signal before it has set anything.
 AUTOCOMMIT: Final = "_autocommit"
 
-
-def send_with_next(pipeline: Any, command: str) -> None:
-    """Have a command go to the server with the next one, in psycopg's pipeline mode.
-
-    A cursor's ``execute()`` would send it by itself, which costs the client and the server several system calls. For
-    psycopg's Pipeline, the None stands for a result of which only an error is of interest, as its own COMMIT has it.
-    """
-    pipeline.pgconn.send_query_params(command.encode(), None)
-    pipeline.result_queue.append(None)
+#: The Pipeline of psycopg's connection that its cursors add their statements to, None outside of pipeline mode.
+#: ``connection.pipeline()`` makes one of its own, which sends each statement by itself: that costs the client and the
+#: server several system calls.
+PIPELINE: Final = "_pipeline"
 
 
 #: Where the cursors of MariaDB Connector/Python, which send by themselves, note each statement at their connection

@@ -606,19 +606,40 @@ def test_autocommit() -> None:
     engine.dispose()
 
 
-def test_send_with_next() -> None:
+def test_pipeline() -> None:
+    """A cursor adds its statement to the connection's Pipeline, which is asked then to send it, and in the end."""
     psycopg = pytest.importorskip("psycopg")
     engine = create_engine(rows_of("psycopg")[0].values[0].url())
+    asked = []
+
+    class Asked(psycopg.Pipeline):  # type: ignore[misc]  # as psycopg may be missing
+        def _communicate_gen(self) -> Any:
+            asked.append((len(self.command_queue), len(self.result_queue)))
+            return super()._communicate_gen()
+
+    assert_has(psycopg.Pipeline, "_communicate_gen")
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         driver_connection: Any = connection.connection.dbapi_connection
-        with driver_connection.pipeline() as pipeline, driver_connection.cursor() as cursor:
-            _dependencies.send_with_next(pipeline, "BEGIN READ ONLY")
-            cursor.execute("SHOW transaction_read_only")
-            _dependencies.send_with_next(pipeline, "COMMIT")
-            assert cursor.fetchone() == ("on",)
-        assert driver_connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
-        with pytest.raises(psycopg.errors.SyntaxError), driver_connection.pipeline() as pipeline:
-            _dependencies.send_with_next(pipeline, "no SQL")
+        assert_has(driver_connection, _dependencies.PIPELINE)
+        assert getattr(driver_connection, _dependencies.PIPELINE) is None
+        with driver_connection.pipeline() as pipeline:
+            assert getattr(driver_connection, _dependencies.PIPELINE) is pipeline
+        pipeline = Asked(driver_connection)
+        setattr(driver_connection, _dependencies.PIPELINE, pipeline)
+        driver_connection.pgconn.enter_pipeline_mode()
+        pipeline.pgconn.send_query_params(b"BEGIN READ ONLY", None)
+        pipeline.result_queue.append(None)
+        cursor = driver_connection.execute("SHOW transaction_read_only")
+        assert asked == [(1, 2)]
+        pipeline.pgconn.send_query_params(b"no SQL", None)
+        pipeline.result_queue.append(None)
+        with pytest.raises(psycopg.errors.SyntaxError):
+            pipeline.sync()
+        assert len(asked) == 2
+        assert cursor.fetchone() == ("on",)
+        driver_connection.pgconn.exit_pipeline_mode()
+        setattr(driver_connection, _dependencies.PIPELINE, None)
+        driver_connection.execute("ROLLBACK")
     engine.dispose()
 
 
