@@ -121,8 +121,9 @@ def _count_session_commit(session: Session) -> None:
     """Count the commit, on whatever engine it was: an attempt that has committed is not repeated."""
     if session.in_nested_transaction():
         return  # The release of a savepoint commits nothing.
-    held = open_connections(session)
+    transactions = list(enclosing_transactions())
+    held = open_connections(session) if transactions else []
     if held and all(connection.engine in read_only_engines for connection in held):
         return
-    for transaction in enclosing_transactions():
+    for transaction in transactions:
         transaction.commits += 1
