@@ -109,11 +109,12 @@ def _refuse_aborted(session: Session) -> None:
     scope = current.get(None)
     transaction = scope.transaction if isinstance(scope, Scope) and scope.session is session else None
     # MySQL and MariaDB do not report this, so the observers' record is used.
-    given_up = transaction is not None and transaction.rolled_back is session.get_transaction()
-    if given_up or any(
-        driver_by_dialect[type(connection.dialect)].is_aborted(connection) for connection in open_connections(session)
-    ):
+    given_up = None if transaction is None else transaction.rolled_back
+    if given_up is not None and given_up is session.get_transaction():
         raise TransactionAborted(GIVEN_UP)
+    for connection in open_connections(session):
+        if driver_by_dialect[type(connection.dialect)].is_aborted(connection):
+            raise TransactionAborted(GIVEN_UP)
 
 
 @event.listens_for(RequestSession, "after_commit")
