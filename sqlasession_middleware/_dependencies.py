@@ -53,7 +53,6 @@ __all__ = [
     "creator_of",
     "current_object",
     "disown",
-    "ending_with_sync",
     "flush_error",
     "goes_on_after",
     "has_prepared",
@@ -67,7 +66,6 @@ __all__ = [
     "outdate_connections",
     "ping",
     "reinitialize_lock",
-    "send_with_next",
     "set_execution_options",
     "socket_number_of",
     "socket_of",
@@ -294,19 +292,19 @@ def was_handled(traceback: TracebackType | None) -> bool:
 
 
 #: The private names that a class of this library overrides. All methods of a ``scoped_session`` find their Session by
-#: ``_proxied``; to override each of them instead would add a call to each. How psycopg leaves a pipeline is no option:
-#: see ``ending_with_sync()``. Flask-SQLAlchemy documents its methods as
+#: ``_proxied``; to override each of them instead would add a call to each. Flask-SQLAlchemy documents its methods as
 #: "internal setup", whose names and signatures may change; without them its ``init_app()`` would have to be copied. The
-#: extra names the versions, and its own tests are run: ``tests/drop_in``.
+#: extra names the versions, and its own tests are run: ``tests/drop_in``. psycopg calls ``_communicate_gen()`` to send
+#: a statement that a cursor has added to a pipeline, and nothing else keeps it from that.
 OVERRIDDEN: Final = frozenset(
     {
-        ("EndingWithSync", "_exit_gen"),
         ("ScopeSession", "_proxied"),
         ("FlaskSession", "_proxied"),
         ("SQLAlchemy", "_apply_driver_defaults"),
         ("SQLAlchemy", "_make_engine"),
         ("SQLAlchemy", "_make_scoped_session"),
         ("SQLAlchemy", "_teardown_session"),
+        ("_Batch", "_communicate_gen"),
     }
 )
 
@@ -415,40 +413,10 @@ def has_prepared(connection: Any) -> bool:
     return bool(getattr(getattr(connection, "_prepared", None), "_names", None))
 
 
-def send_with_next(pipeline: Any, command: str) -> None:
-    """Have a command go to the server with the next one, in psycopg's pipeline mode.
-
-    A cursor's ``execute()`` would send it by itself, which costs the client and the server several system calls. For
-    psycopg's Pipeline, the None stands for a result of which only an error is of interest, as its own COMMIT has it.
-    """
-    pipeline.pgconn.send_query_params(command.encode(), None)
-    pipeline.result_queue.append(None)
-
-
-#: Where psycopg's connection has its Pipeline while one is entered; None otherwise.
+#: The Pipeline of psycopg's connection that its cursors add their statements to, None outside of pipeline mode.
+#: ``connection.pipeline()`` makes one of its own, which sends each statement by itself: that costs the client and the
+#: server several system calls.
 PIPELINE: Final = "_pipeline"
-
-
-def ending_with_sync(pipeline: type[Any], send: Callable[[Any], Any]) -> type[Any]:
-    """A subclass of psycopg's Pipeline whose last message is a Sync.
-
-    psycopg ends a pipeline with a Sync, and with a Flush, by which it means to send what is left in libpq's buffer. The
-    Flush comes to PostgreSQL after its ReadyForQuery. It ends the wait for a command, and with it the clock of
-    ``idle_in_transaction_session_timeout``, and begins no other. Here the buffer is sent without a Flush.
-
-    :param send: psycopg's generator that sends the buffer of a ``PGconn``.
-    """
-
-    class EndingWithSync(pipeline):  # type: ignore[misc]  # psycopg is not imported here.
-        def _exit_gen(self) -> Any:
-            self._enqueue_sync()
-            try:
-                yield from self._communicate_gen()
-            finally:
-                yield from send(self.pgconn)
-                yield from self._fetch_gen(flush=False)
-
-    return EndingWithSync
 
 
 #: Where the cursors of MariaDB Connector/Python, which send by themselves, note each statement at their connection

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import falcon
@@ -620,45 +619,40 @@ def test_has_prepared() -> None:
     assert not _dependencies.has_prepared(object())
 
 
-def test_send_with_next() -> None:
+def test_pipeline() -> None:
+    """A cursor adds its statement to the connection's Pipeline, which is asked then to send it, and in the end."""
     psycopg = pytest.importorskip("psycopg")
     engine = create_engine(rows_of("psycopg")[0].values[0].url())
+    asked = []
+
+    class Asked(psycopg.Pipeline):  # type: ignore[misc]  # as psycopg may be missing
+        def _communicate_gen(self) -> Any:
+            asked.append((len(self.command_queue), len(self.result_queue)))
+            return super()._communicate_gen()
+
+    assert_has(psycopg.Pipeline, "_communicate_gen")
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         driver_connection: Any = connection.connection.dbapi_connection
-        with driver_connection.pipeline() as pipeline, driver_connection.cursor() as cursor:
-            _dependencies.send_with_next(pipeline, "BEGIN READ ONLY")
-            cursor.execute("SHOW transaction_read_only")
-            _dependencies.send_with_next(pipeline, "COMMIT")
-            assert cursor.fetchone() == ("on",)
-        assert driver_connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
-        with pytest.raises(psycopg.errors.SyntaxError), driver_connection.pipeline() as pipeline:
-            _dependencies.send_with_next(pipeline, "no SQL")
-    engine.dispose()
-
-
-def test_ending_with_sync() -> None:
-    """What the subclass calls is there, and its last message is a Sync ("S"): a Flush is an "H"."""
-    psycopg = pytest.importorskip("psycopg")
-    from psycopg.generators import send
-
-    ending_with_sync = _dependencies.ending_with_sync(psycopg.Pipeline, send)
-    engine = create_engine(rows_of("psycopg")[0].values[0].url())
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        driver_connection: Any = connection.connection.dbapi_connection
+        assert_has(driver_connection, _dependencies.PIPELINE)
         assert getattr(driver_connection, _dependencies.PIPELINE) is None
-        with TemporaryFile() as trace:
-            driver_connection.pgconn.trace(trace.fileno())
-            setattr(driver_connection, _dependencies.PIPELINE, ending_with_sync(driver_connection))
-            cursor = driver_connection.cursor()
-            with driver_connection.pipeline() as pipeline:
-                assert type(pipeline) is ending_with_sync
-                cursor.execute("SELECT 1")
-            driver_connection.pgconn.untrace()
-            assert cursor.fetchone() == (1,)
-            assert getattr(driver_connection, _dependencies.PIPELINE) is None
-            trace.seek(0)
-            sent = [line.split(b"\t")[3] for line in trace.read().splitlines() if line.split(b"\t")[1] == b"F"]
-        assert sent[-1] == b"Sync"
+        with driver_connection.pipeline() as pipeline:
+            assert getattr(driver_connection, _dependencies.PIPELINE) is pipeline
+        pipeline = Asked(driver_connection)
+        setattr(driver_connection, _dependencies.PIPELINE, pipeline)
+        driver_connection.pgconn.enter_pipeline_mode()
+        pipeline.pgconn.send_query_params(b"BEGIN READ ONLY", None)
+        pipeline.result_queue.append(None)
+        cursor = driver_connection.execute("SHOW transaction_read_only")
+        assert asked == [(1, 2)]
+        pipeline.pgconn.send_query_params(b"no SQL", None)
+        pipeline.result_queue.append(None)
+        with pytest.raises(psycopg.errors.SyntaxError):
+            pipeline.sync()
+        assert len(asked) == 2
+        assert cursor.fetchone() == ("on",)
+        driver_connection.pgconn.exit_pipeline_mode()
+        setattr(driver_connection, _dependencies.PIPELINE, None)
+        driver_connection.execute("ROLLBACK")
     engine.dispose()
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import os
+import sqlite3
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -296,6 +298,30 @@ def test_server_says(row: Row, sqlite_url: str) -> None:
         position = driver.written_position(connection)
         assert (position is not None) is driver.server.has_positions
         assert driver.replayed_position(connection) is None  # It is no standby.
+    engine.dispose()
+
+
+class OtherSQLite(sqlite3.Connection):
+    """As it is with an SQLite that cannot vacuum into a file, or has other words for it."""
+
+    def execute(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
+        return super().execute(statement.replace("INTO", "OUT OF"), *parameters)
+
+
+@pytest.mark.parametrize("kind", [sqlite3.Connection, OtherSQLite])
+def test_any_sqlite_tells_that_a_statement_is_active(kind: type, tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/any.db", connect_args={"factory": kind})
+    with engine.connect() as connection:
+        driver, driver_connection = driver_of(connection), connection.connection.dbapi_connection
+        cursor = connection.connection.cursor()
+        for _ in range(2):
+            cursor.execute("SELECT 1 UNION SELECT 2")
+            cursor.fetchone()
+            assert driver.has_open_cursor(connection) is True
+            cursor.fetchall()
+            assert driver.has_open_cursor(connection) is False
+        assert isinstance(driver_connection, kind)
+        assert os.listdir(tmp_path) == ["any.db"]
     engine.dispose()
 
 

@@ -29,7 +29,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import NullType
 
@@ -865,8 +865,8 @@ def interrupt(driver_connection: Any, number: int, error: BaseException) -> None
     driver_connection.wait = wait
 
 
-#: It waits as it enters the pipeline, for the statement, and as it leaves the pipeline.
-WAITS = list(itertools.product([NAMES, text("SELECT 1")], range(3)))
+#: psycopg waits, for nothing, as a cursor adds the statement, and then for the answers.
+WAITS = list(itertools.product([NAMES, text("SELECT 1")], range(2)))
 
 
 @pytest.mark.parametrize("error", [Interruption, TimeIsUpError])
@@ -887,6 +887,57 @@ def test_interruption_comes_out_and_leaves_nothing(
             opened.execute(insert(LOG).values(word="not committed"))
     with other.connect() as connection:
         assert connection.scalars(select(LOG.c.word)).all() == []
+
+
+def count_looks(driver_connection: Any, looks: list[int]) -> None:
+    """Note how often psycopg looks at the socket, in each of its waits."""
+    usual = driver_connection.wait
+
+    def counted(steps: Any) -> Any:
+        looks.append(0)
+        try:
+            wanted = next(steps)
+            while True:
+                looks[-1] += 1
+                wanted = steps.send((yield wanted))
+        except StopIteration as end:
+            return end.value
+
+    driver_connection.wait = lambda steps, *arguments, **options: usual(counted(steps), *arguments, **options)
+
+
+@pytest.mark.parametrize("first", [NAMES, text("SELECT 1"), insert(LOG).values(word="mine")])
+def test_begin_and_the_first_statement_are_sent_as_one(first: Any, url: Any, other: Engine) -> None:
+    """psycopg's own pipeline looks twice whether it may send, for each statement."""
+    with observed(url) as (app, _), app.context() as opened:
+        looks: list[int] = []
+        count_looks(driver_connection_of(opened), looks)
+        opened.execute(first)
+        assert len(looks) == 2
+        assert looks[0] == 0  # A cursor has added the statement.
+        assert looks[1] >= 1  # The answers may come in pieces.
+
+
+@pytest.mark.parametrize("number", [2, 350])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_many_rows_are_stored_or_the_first_error_comes_out(number: int, wrong: bool, url: Any, other: Engine) -> None:
+    """More than are sent at once, as well."""
+    rows: list[dict[str, Any]] = [{"id": each, "word": str(each)} for each in range(number)]
+    if wrong:
+        rows[1]["id"] = 0
+    with observed(url) as (app, state), app.context() as opened:
+        if wrong:
+            with pytest.raises(IntegrityError, match="lazy_log_pkey"):
+                opened.execute(insert(LOG), rows)
+            opened.rollback()
+        else:
+            opened.execute(insert(LOG), rows)
+            opened.commit()
+        assert state() == "idle"
+        assert not driver_connection_of(opened).autocommit
+        assert opened.scalars(select(LOG.c.word).order_by(LOG.c.id)).all() == (
+            [] if wrong else list(map(str, range(number)))
+        )
 
 
 @pytest.mark.parametrize("row", rows_of("psycopg2"))

@@ -110,11 +110,13 @@ def is_plain_read(statement: str, parameters: Any, context: ExecutionContext) ->
 
 def judge(statement: object) -> Reading:
     """Judge a statement as it is sent to the database. One that is an object of the driver is doubtful."""
-    if not isinstance(statement, str) or len(statement) > _LONGEST:
+    if not isinstance(statement, str):
         return Reading.DOUBTFUL
     known = _known.get(statement)
     if known is not None:
         return known
+    if len(statement) > _LONGEST:
+        return Reading.DOUBTFUL
     # It is known by its text without the comment, which may be another one each time.
     bare = without_comment(statement)
     known = _known.get(bare)

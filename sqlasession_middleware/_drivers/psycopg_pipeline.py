@@ -2,12 +2,12 @@
 
 psycopg's pipeline mode ("Pipeline mode support") sends several statements and waits once. It does not do so with the
 BEGIN that it sends by itself, so that a transaction is begun here as psycopg would begin it, and left to it as if it
-had: https://www.psycopg.org/psycopg3/docs/advanced/pipeline.html.
+had: https://www.psycopg.org/psycopg3/docs/advanced/pipeline.html. It also sends each statement as soon as it has it,
+and each of them wakes the server. Here all go in one message.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
@@ -20,14 +20,17 @@ from psycopg.errors import FeatureNotSupported, InvalidTextRepresentation, ReadO
 from psycopg.generators import send
 from psycopg.pq import PipelineStatus, TransactionStatus
 
-from .._dependencies import AUTOCOMMIT, PIPELINE, ending_with_sync, send_with_next
+from .._dependencies import AUTOCOMMIT, PIPELINE
 
 __all__ = ["Begin", "Outcome", "Pipeline"]
 
 _IDLE: Final = TransactionStatus.IDLE
 _IN_TRANSACTION: Final = TransactionStatus.INTRANS
 _NO_PIPELINE: Final = PipelineStatus.OFF
-_EndingWithSync: Final = ending_with_sync(PsycopgPipeline, send)
+
+#: How many statements psycopg keeps, such as those of an executemany(), before it begins to send them and to read
+#: their results.
+_SENT_AT_ONCE: Final = 100
 
 
 class Begin(NamedTuple):
@@ -153,17 +156,19 @@ class Pipeline:
         :returns: the isolation level in lower case, if it was asked for.
         """
         connection = cursor.connection
-        control = Cursor(connection)
-        steps: list[str | Callable[[], object]] = [begin.text, execute]
-        if ask_level:
-            steps.insert(1, partial(control.execute, "SHOW transaction_isolation", prepare=False))
+        control = Cursor(connection) if ask_level else None
         try:
             setattr(connection, AUTOCOMMIT, True)
-            _send(connection, *steps)
+            if control is None:
+                _send(connection, begin.text, execute)
+                return None
+            _send(
+                connection, begin.text, partial(control.execute, "SHOW transaction_isolation", prepare=False), execute
+            )
         finally:
             setattr(connection, AUTOCOMMIT, False)
-        row = control.fetchone() if ask_level else None
-        return None if row is None else str(row[0])
+        row: Any = control.fetchone()
+        return str(row[0])
 
     def begin_alone(self, begin: Begin, connection: Any) -> None:
         """Begin a transaction before whatever comes next, unless one is open.
@@ -208,6 +213,38 @@ class CountingPipeline(Pipeline):
         super().begin_alone(begin, connection)
 
 
+class _Batch(PsycopgPipeline):
+    """psycopg's Pipeline, which here sends nothing before all of it is there.
+
+    Its last message is a Sync. psycopg's own has a Flush after that, which comes to PostgreSQL after its ReadyForQuery:
+    that ends the wait for a command, and the clock of ``idle_in_transaction_session_timeout`` with it.
+    """
+
+    _is_complete = False
+
+    def add(self, command: str) -> None:
+        """Add a command of whose result only an error is of interest, as psycopg adds its own COMMIT."""
+        self.pgconn.send_query_params(command.encode(), None)  # to the buffer of libpq
+        self.result_queue.append(None)
+
+    def exchange(self) -> None:
+        """Send what was added, and wait for all results.
+
+        :raises Exception: the first error.
+        """
+        self._is_complete = True
+        self.sync()
+
+    def _communicate_gen(self) -> Any:
+        """What psycopg does when a cursor has added a statement, and in the end."""
+        commands = self.command_queue
+        if len(self.result_queue) > _SENT_AT_ONCE:
+            return super()._communicate_gen()
+        while commands:
+            commands.popleft()()
+        return send(self.pgconn) if self._is_complete else ()
+
+
 def _send(connection: Any, *steps: str | Callable[[], object]) -> None:
     """Take steps in a pipeline, and wait once for all of them.
 
@@ -215,28 +252,30 @@ def _send(connection: Any, *steps: str | Callable[[], object]) -> None:
     :raises BaseException: the first error. The others follow from it, and are not logged, as psycopg does with them.
         What interrupts the wait, as a signal or gevent can, comes before all errors of the database.
     """
-    handled = sys.exception()
+    pgconn = connection.pgconn
+    batch = _Batch(connection)
     first: BaseException | None = None
     try:
-        setattr(connection, PIPELINE, _EndingWithSync(connection))  # psycopg enters it, as it does one in a pipeline.
-        with connection.pipeline() as pipeline:
-            try:
-                for step in steps:
-                    if isinstance(step, str):
-                        send_with_next(pipeline, step)
-                    else:
-                        step()
-            except Exception as error:
+        setattr(connection, PIPELINE, batch)
+        pgconn.enter_pipeline_mode()
+        try:
+            for step in steps:
+                if isinstance(step, str):
+                    batch.add(step)
+                else:
+                    step()
+        except Exception as error:
+            first = error
+        try:
+            batch.exchange()
+        except Exception as error:
+            if first is None or not isinstance(error, Error):
                 first = error
-    except Exception as error:
-        found: BaseException = error
-        if connection.pgconn.pipeline_status != _NO_PIPELINE and error.__context__ not in (None, handled):
-            found = error.__context__  # What follows is only that psycopg cannot leave the pipeline.
-        if first is None or not isinstance(found, Error):
-            first = found
     finally:
-        setattr(connection, PIPELINE, None)  # It was not entered if the connection is closed.
-        if connection.pgconn.pipeline_status != _NO_PIPELINE:
+        setattr(connection, PIPELINE, None)
+        try:
+            pgconn.exit_pipeline_mode()
+        except Error:
             connection.close()  # The server has gone in the middle. SQLAlchemy sees that by the closed connection.
     if first is not None:
         try:

@@ -42,6 +42,11 @@ CODES: Final[Mapping[Code, Failure]] = {
 #: SQLite's memdb is shared between connections since 3.36.0 (SQLite's release history).
 MEMDB_SINCE: Final = (3, 36, 0)
 
+#: A statement that SQLite always refuses: while another one is active for that reason, and else for what is no name of
+#: a file ("VACUUM INTO", since 3.27.0). A trace of the application's shows its text.
+_REFUSED: Final = "VACUUM INTO 0 -- is a statement active?"
+_REFUSED_WHEN_IDLE: Final = "non-text filename"
+
 
 class SQLite(Server):
     """SQLite."""
@@ -168,7 +173,14 @@ class SQLite3(SQLiteDriver):
 
 
 def _has_active_statement(driver_connection: Any) -> bool:
-    """SQLite lets no function be redefined while a statement is active, and gives no other sign of it."""
+    """Ask by what SQLite does not do while a statement is active. It gives no other sign of it."""
+    try:
+        driver_connection.execute(_REFUSED)
+    except Exception as error:
+        if str(error) == _REFUSED_WHEN_IDLE:
+            return False
+    # Another SQLite may have other words for it. No function is redefined either, but if it is, each statement that the
+    # driver keeps has to be compiled again.
     try:
         driver_connection.create_function("sqlasession_idle", 0, int)
         driver_connection.create_function("sqlasession_idle", 0, int)

@@ -157,7 +157,7 @@ class Pages:
             plan = explain(original, self._found, analyze="analyze" in form)
         accepted = Request(environ).accept_mimetypes.best_match(["text/html", "application/json"])
         if accepted == "application/json":
-            return _json(plan._asdict())
+            return _json({"columns": plan.columns, "rows": plan.rows, "problem": plan.problem})
         told = {"data": kept.data, "statement": statement, "number": number, "plan": plan}
         return self._page("explain.html", root, **told)
 

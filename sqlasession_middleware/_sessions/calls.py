@@ -8,8 +8,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
-from weakref import WeakKeyDictionary, ref
+from typing import Final, NamedTuple
+from weakref import ref
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
@@ -22,8 +22,9 @@ __all__ = ["Calls", "calls_of", "find_calls", "refuse_unfinished"]
 
 logger = logging.getLogger("sqlasession_middleware.after_commit")
 
-# Only the listeners of a Session keep its Calls alive: what waits may refer to the Session, which would never be freed.
-_by_session: WeakKeyDictionary[Session, ref[Calls]] = WeakKeyDictionary()
+#: An attribute that this module adds to a Session: a weak reference to its Calls. Only its listeners keep these alive.
+#: Each end of a transaction looks at it, so that a dictionary of weak references would cost more than the rest.
+_CALLS: Final = "sqlasession_calls"
 
 
 class _Call(NamedTuple):
@@ -117,13 +118,13 @@ def calls_of(session: Session, run: Callable[[Callable[[], object]], object]) ->
     calls = find_calls(session)
     if calls is None:
         calls = Calls(session, run)
-        _by_session[session] = ref(calls)
+        setattr(session, _CALLS, ref(calls))
     return calls
 
 
 def find_calls(session: Session) -> Calls | None:
     """What waits for a Session; None if nothing has waited for it yet."""
-    found = _by_session.get(session) if _by_session else None
+    found: ref[Calls] | None = getattr(session, _CALLS, None)
     return None if found is None else found()
 
 

@@ -109,11 +109,12 @@ def _refuse_aborted(session: Session) -> None:
     scope = current.get(None)
     transaction = scope.transaction if isinstance(scope, Scope) and scope.session is session else None
     # MySQL and MariaDB do not report this, so the observers' record is used.
-    given_up = transaction is not None and transaction.rolled_back is session.get_transaction()
-    if given_up or any(
-        driver_by_dialect[type(connection.dialect)].is_aborted(connection) for connection in open_connections(session)
-    ):
+    given_up = None if transaction is None else transaction.rolled_back
+    if given_up is not None and given_up is session.get_transaction():
         raise TransactionAborted(GIVEN_UP)
+    for connection in open_connections(session):
+        if driver_by_dialect[type(connection.dialect)].is_aborted(connection):
+            raise TransactionAborted(GIVEN_UP)
 
 
 @event.listens_for(RequestSession, "after_commit")
@@ -121,8 +122,9 @@ def _count_session_commit(session: Session) -> None:
     """Count the commit, on whatever engine it was: an attempt that has committed is not repeated."""
     if session.in_nested_transaction():
         return  # The release of a savepoint commits nothing.
-    held = open_connections(session)
+    transactions = list(enclosing_transactions())
+    held = open_connections(session) if transactions else []
     if held and all(connection.engine in read_only_engines for connection in held):
         return
-    for transaction in enclosing_transactions():
+    for transaction in transactions:
         transaction.commits += 1
