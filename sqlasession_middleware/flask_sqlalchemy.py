@@ -68,6 +68,7 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
         self,
         app: Flask | None = None,
         *,
+        name: str | None = None,
         transaction: bool | Mapping[str, Any] = False,
         unavailable: bool | Mapping[str, Any] = False,
         replicas: Collection[Any] = (),
@@ -85,6 +86,7 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
         **theirs: Any,
     ) -> None:
         self._options = {
+            "name": name,
             "transaction": transaction,
             "unavailable": unavailable,
             "replicas": replicas,
@@ -143,6 +145,7 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
         options["replicas"] = [self._read_replica(each, app) for each in options["replicas"]]
         options["engine_options"] = None if sources.get(None) is None else self._default_options
         options["session_options"] = {**session_options, "class_": factory.class_, "db": _Registered(self, engines)}
+        options["name"] = app.name if options["name"] is None else options["name"]
         options["metadata"] = list(self.metadatas.values())
         try:
             middleware = FlaskMiddleware(self, app, sources, options)

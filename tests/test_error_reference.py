@@ -30,6 +30,7 @@ from pyramid.tweens import EXCVIEW
 from sqlalchemy import MetaData, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from werkzeug.test import Client
 
 from sqlasession_middleware import (
     SQLASessionMiddleware,
@@ -185,6 +186,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "… must be a WSGI application, a callable, got …": REFUSED["app"][0],
     "… must be true, false or a dict of options, got …": {"transaction": "yes"},
     "… must be a dict of options, got …": {"background": 3},
+    "… must be a printable text, or none, got …": {"name": ""},
+    "… is one of …: pass …": {"pool_size": 5},
+    "… is not an option of SQLASessionMiddleware…": {"atempts": 5},
     "… must be a text, or none, got …": {"sql_comments": {"application": 3}},
     "… must be a MetaData, such as a declarative Base.metadata, or several, got …": REFUSED["metadata"][0],
     "… must be a subclass of Session, got …": REFUSED["session class"][0],
@@ -372,13 +376,22 @@ def use_session_outside() -> None:
     select_one()
 
 
+@provokes("No SQLASessionMiddleware is around the code that uses 'session' in the request …: …")
+def use_session_around_the_middleware() -> None:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        select_one()
+        return answer(start)
+
+    Client(app).get("/")
+
+
 @provokes("the deadline of … s has passed: …")
 def wait_too_long(make: Callable[..., SQLASessionMiddleware]) -> None:
     with make().context(deadline=1e-6):
         select_one()
 
 
-@provokes("No application is bound here: this code runs outside of a request, or its request is over. …")
+@provokes("No application is bound here: this code runs outside of a request, or its request is over, …")
 def use_application_outside() -> None:
     application.engine  # noqa: B018  # it is an error to ask
 
@@ -925,7 +938,7 @@ def serve_without_waitress(ini: Any, monkeypatch: pytest.MonkeyPatch) -> Result:
     return command("serve", ini({"sqlalchemy.url": "sqlite://"}))
 
 
-@provokes("error: waitress cannot listen: …")
+@provokes("error: waitress cannot listen on …: …")
 def serve_nowhere(ini: Any) -> Result:
     return command("serve", ini({"sqlalchemy.url": "sqlite://"}), "--host", "256.256.256.256")
 

@@ -287,8 +287,21 @@ def test_one_line_names_the_setting_when_the_port_is_taken(command):
     assert ended.returncode == 1
     assert ended.stdout == ""
     assert ended.stderr.count("\n") == 1
-    assert ended.stderr.startswith(f"Cannot serve on 127.0.0.1:{port}, which is 'port' of [server:main]")
+    assert ended.stderr.startswith(f"Cannot serve on 127.0.0.1:{port} (--port): ")
     assert "make demo PORT=8080" in ended.stderr
+
+
+def test_the_ini_is_named_when_its_own_port_is_taken(examples, monkeypatch, tmp_path):
+    from guestbook.__main__ import DEVELOPMENT_INI, main
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ini = tmp_path / "shop.ini"
+        ini.write_text(DEVELOPMENT_INI.read_text("utf-8").replace("6543", str(port)), "utf-8")
+        monkeypatch.setattr(sys, "argv", ["guestbook", str(ini)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert str(ended.value).startswith(f"Cannot serve on 127.0.0.1:{port} ('port' of [server:main] in shop.ini): ")
 
 
 @pytest.mark.parametrize(

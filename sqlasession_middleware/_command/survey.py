@@ -14,7 +14,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.pool import Pool
 
 from ..capacity import MAX_CONNECTIONS, EngineCapacity, Limit, ask_limits, servers_of
-from .messages import describe_error
+from .messages import describe_error, title_of
 from .server import Workers
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def make_survey(applications: Iterable[SQLASessionMiddleware], workers: Workers)
             answer = ping(engine, application)
             demands.add(engine, capacity.total, answer.limits)
             engines.append(EngineSurvey(capacity, answer))
-        surveyed.append(ApplicationSurvey(repr(application), engines))
+        surveyed.append(ApplicationSurvey(title_of(application), engines))
     return Survey(workers, surveyed, list(demands))
 
 

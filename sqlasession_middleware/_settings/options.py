@@ -101,6 +101,7 @@ OTHER_SETTINGS: Mapping[str, Kind] = {
     "deadline": DEADLINE,
     "lazy_begin": BOOLEAN,
     "metadata": DOTTED_NAMES,
+    "name": TEXT,
     "ping_after": SECONDS_OR_NONE,
     "read_your_writes": SECONDS,
     "replica_retry": SECONDS,
