@@ -522,6 +522,25 @@ def find_nothing(make: Any) -> None:
         Request.blank("/").one_or_404(select(Guest))
 
 
+@provokes("There is no such page.")
+def ask_for_no_page(make: Any) -> None:
+    with make(metadata=Guest.metadata).context():
+        Request.blank("/?page=0").paginate(select(Guest))
+
+
+@provokes("paginate_by_key() needs a statement with order_by(): …")
+def ask_for_pages_without_an_order(make: Any) -> None:
+    with make(metadata=Guest.metadata).context():
+        Request.blank("/").paginate_by_key(select(Guest))
+
+
+@provokes("paginate_by_key() needs sqlakeyset: pip install 'sqlasession_middleware[pages]'")
+def ask_for_pages_without_the_extra(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sqlakeyset", None)
+    with make(metadata=Guest.metadata).context():
+        Request.blank("/").paginate_by_key(select(Guest))
+
+
 # Transactions.
 
 
