@@ -8,6 +8,9 @@ COMMA = ,
 WORKERS ?= $(if $(TESTS),0,4)
 PYTEST = -m pytest -n $(WORKERS) $(TESTS)
 
+# Examples that are checked one by one, because their modules have the same names.
+TYPED = json_api two_databases pipeline
+
 .DEFAULT_GOAL = help
 .PHONY: help demo test coverage lint types docs dist bench clean
 
@@ -38,6 +41,7 @@ lint: $(VENV)/installed-lint ## check style, with ruff
 
 types: $(VENV)/installed-lint ## check types, with mypy
 	$(BIN)/mypy
+	for example in $(TYPED); do $(BIN)/mypy examples/$$example || exit 1; done
 
 docs: $(VENV)/installed-docs ## build the documentation's pages
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
