@@ -87,9 +87,10 @@ def export() -> Response:
 
 def csv_chunks() -> Iterator[bytes]:
     # The server iterates over this after the application has returned. The session stays open until the end.
-    yield csv_lines([("written", "name", "message")])
     oldest_first = select(Entry).order_by(Entry.id).execution_options(yield_per=EXPORT_BATCH)
     with session.scalars(oldest_first) as entries:  # If the client disconnects, close() of the body ends this block.
+        # Not before the query: after the first chunk, a failure of the database could be no 503 any more.
+        yield csv_lines([("written", "name", "message")])
         for batch in entries.partitions():
             yield csv_lines([(f"{entry.written.isoformat()}Z", entry.name, entry.message) for entry in batch])
 
