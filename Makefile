@@ -12,10 +12,10 @@ PYTEST = -m pytest -n $(WORKERS) $(TESTS)
 TYPED = json_api two_databases pipeline
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test coverage lint types docs dist bench clean
+.PHONY: help demo test coverage lint types docs docs-zip dist bench clean
 
 help: ## list the targets, which is what "make" does
-	@sed -n 's/^\([a-z]*\):.* ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 17
+	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 17
 	@echo
 	@echo 'The virtual environment is $(VENV) (VENV=...) of $(PYTHON) (PYTHON=python3.12).'
 
@@ -46,6 +46,13 @@ types: $(VENV)/installed-lint ## check types, with mypy
 docs: $(VENV)/installed-docs ## build the documentation's pages
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
 	@echo 'The pages are in docs/_build/html: begin with docs/_build/html/index.html'
+
+docs-zip: docs ## the same pages as one zip, to be read offline
+	version=$$($(BIN)/python -c 'import sqlasession_middleware as package; print(package.__version__)'); \
+	folder=docs/_build/sqlasession_middleware-$$version-docs; \
+	rm -rf $$folder $$folder.zip && cp -r docs/_build/html $$folder && rm -rf $$folder/.doctrees $$folder/.buildinfo* && \
+	$(BIN)/python -m zipfile -c $$folder.zip $$folder && rm -rf $$folder && \
+	echo "Unpack $$folder.zip, and open index.html"
 
 dist: $(VENV)/installed-dist ## build the sdist, and the wheel from it, in dist/
 	rm -rf dist
