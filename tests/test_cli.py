@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -262,7 +264,7 @@ REFUSED = {
     "no ini": (lambda ini: __file__, f"error: {__file__} is not a valid ini file: "),
     "no such application": (
         lambda ini: ini({"sqlalchemy.url": "sqlite://"}) + "#lost",
-        "cannot be loaded: LookupError",
+        "cannot be loaded: it has no section [app:lost]",
     ),
     "wrong setting": (
         lambda ini: ini({"sqlalchemy.ulr": "sqlite://"}),
@@ -607,6 +609,9 @@ def test_serve_names_the_port_and_the_way_out_when_another_program_has_it(ini):
         done = command("serve", ini(SETTINGS), "--port", str(port))
     assert done.exit_code == 1
     assert done.stderr.startswith(f"error: waitress cannot listen on 127.0.0.1:{port}: ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()  # waitress leaves the socket open that it could not bind.
     assert done.stderr.endswith(" Another program listens there: stop it, or choose another port with --port.\n")
 
 

@@ -27,7 +27,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.tweens import EXCVIEW
-from sqlalchemy import MetaData, create_engine, event, select, text
+from sqlalchemy import MetaData, NullPool, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from werkzeug.test import Client
@@ -198,6 +198,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "… is not an option…": {"transaction": {"atempts": 3}},
     "… is not an option of …": REFUSED["session option"][0],
     "… is not an option of create_engine() for …": REFUSED["engine option"][0],
+    "… does not go with the pool, a …: leave it out, or choose another 'poolclass'.": {
+        "engine_options": {"poolclass": NullPool, "pool_size": 5}
+    },
+    "… is an argument of the driver: set it in 'connect_args', or as '…' in an ini.": {
+        "engine_options": {"check_same_thread": False}
+    },
     "… is missing: set it to the URL of the database.": {"binds": {"audit": {"pool_size": 1}}},
     "… is set by the middleware: pass it as 'bind'.": REFUSED["session bind"][0],
     "… is reserved for tables without a bind key: pass this database as 'bind'.": {"binds": {"default": "sqlite://"}},
@@ -374,6 +380,19 @@ def wait_for_the_commit_of_an_old_application() -> None:
 @provokes("No application is bound here, so 'session' has no scope: …")
 def use_session_outside() -> None:
     select_one()
+
+
+@provokes("Flask's application context is no scope of 'session': …")
+def use_session_in_a_context_of_flask() -> None:
+    with Flask("shop").app_context():
+        select_one()
+
+
+@provokes("… is not a setting of Flask-SQLAlchemy; did you mean …?")
+def misspell_the_url() -> None:
+    app = Flask("shop")
+    app.config["SQLALCHEMY_DATABASE_URL"] = "sqlite://"
+    SQLAlchemy(app)
 
 
 @provokes("No SQLASessionMiddleware is around the code that uses 'session' in the request …: …")
@@ -949,6 +968,11 @@ def commit_what_was_given_up(ini: Any, postgresql_url: str) -> Result:
 @provokes("error: aborted, no tables were dropped.")
 def refuse_to_drop(ini: Any) -> Result:
     return command("drop", ini({"sqlalchemy.url": "sqlite://"}), said="n\n")
+
+
+@provokes("error: … cannot be loaded: it has no section …")
+def name_no_section(ini: Any) -> Result:
+    return command("create", f"{ini({'sqlalchemy.url': 'sqlite://'})}#Shop")
 
 
 @provokes("error: waitress is not installed: pip install waitress")

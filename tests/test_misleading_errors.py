@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flask import Flask
 from paste.deploy import loadapp
-from sqlalchemy import text
+from sqlalchemy import NullPool, text
 from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, application, session
 from sqlasession_middleware.errors import ConfigurationError, ScopeError
+from sqlasession_middleware.flask_sqlalchemy import SQLAlchemy
 
+from .test_cli import command
 from .wsgi import Environ, StartResponse, select_one
 
 ELSEWHERE = "No SQLASessionMiddleware is around the code that uses 'session' in the request GET '/cart': "
@@ -178,3 +181,99 @@ def test_error_proposes_the_parameter_that_was_meant() -> None:
         make(answer, "sqlite://", transactions=True)
     with pytest.raises(ConfigurationError, match=r"^database is not an option of SQLASessionMiddleware\.$"):
         make(answer, "sqlite://", database="sqlite://")
+
+
+# -- what others have reported of other libraries: each is rebuilt, and leads to its cause here
+
+
+@pytest.mark.parametrize("key", ["SQLALCHEMY_DATABASE_URL", "SQLALCHEMY_DATBASE_URI", "SQLAlchemy_DATABASE_URI"])
+def test_misspelt_key_of_the_flask_configuration_is_named(key: str) -> None:
+    """pallets-eco/flask-sqlalchemy#421, miguelgrinberg/microblog#50, techwithtim/Flask-Web-App-Tutorial#58, #106."""
+    app = Flask("shop")
+    app.config[key] = "sqlite://me:secret@localhost"
+    with pytest.raises(ConfigurationError) as caught:
+        SQLAlchemy(app)
+    place = "in the Flask configuration is not a setting of Flask-SQLAlchemy"
+    assert str(caught.value) == f"{key!r} {place}; did you mean 'SQLALCHEMY_DATABASE_URI'?"
+
+
+def test_error_is_the_one_of_flask_sqlalchemy_when_no_key_is_similar() -> None:
+    app = Flask("shop")
+    app.config["SQLALCHEMY_ECHO"] = True
+    with pytest.raises(RuntimeError, match=r"^Either 'SQLALCHEMY_DATABASE_URI' or 'SQLALCHEMY_BINDS' must be set\.$"):
+        SQLAlchemy(app)
+    app = Flask("shop")
+    app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite://"
+    db = SQLAlchemy(app)
+    with pytest.raises(RuntimeError, match="has already been registered"):
+        db.init_app(app)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("sqlite://", "check_same_thread"),
+        ("postgresql+psycopg://localhost/shop", "connect_timeout"),
+        ("postgresql+psycopg://localhost/shop", "sslmode"),
+        ("mysql+pymysql://localhost/shop", "charset"),
+    ],
+)
+def test_argument_of_a_driver_is_no_misspelt_option_of_the_engine(url: str, name: str) -> None:
+    """pudo/dataset#372."""
+    said = f"is an argument of the driver: set it in 'connect_args', or as 'connect_args.{name}' in an ini."
+    with pytest.raises(ConfigurationError) as caught:
+        SQLASessionMiddleware(answer, url, engine_options={name: "1"})
+    assert str(caught.value) == f"engine_options[{name!r}] {said}"
+    with pytest.raises(ConfigurationError) as caught:
+        SQLASessionMiddleware.from_config(answer, {"sqlalchemy.url": url, f"sqlalchemy.{name}": "1"})
+    assert str(caught.value) == f"'sqlalchemy.{name}' {said}"
+
+
+@pytest.mark.parametrize("url", ["sqlite:///shop.db", "postgresql+psycopg://localhost/shop"])
+def test_error_names_the_option_that_does_not_go_with_the_pool(url: str) -> None:
+    """jpsca/sqla-wrapper#23, modrzew/pokeminer#192."""
+    options = {"poolclass": NullPool, "pool_size": 5, "max_overflow": 3}
+    with pytest.raises(ConfigurationError) as caught:
+        SQLASessionMiddleware(answer, url, engine_options=options)
+    said = "does not go with the pool, a NullPool: leave it out, or choose another 'poolclass'."
+    assert str(caught.value) == f"engine_options['pool_size'] {said}"
+
+
+PIPELINE = (
+    "[pipeline:main]\npipeline = db {}\n[filter:db]\nuse = egg:sqlasession_middleware\nsqlalchemy.url = sqlite://"
+)
+
+
+@pytest.mark.parametrize(
+    ("named", "asked", "said"),
+    [
+        ("Shop", "#shop", "it has no section [app:shop]; did you mean 'Shop'?"),
+        ("shop", "", "it has no section [app:shop]; did you mean 'Shop'?"),
+        ("Shop", "#db", "it has no section [app:db]. There are: Shop, main."),
+    ],
+)
+def test_command_names_the_sections_that_there_are(named: str, asked: str, said: str, tmp_path: Path) -> None:
+    """Pylons/pyramid#107."""
+    ini = tmp_path / "shop.ini"
+    ini.write_text(f"{PIPELINE.format(named)}\n[app:Shop]\npaste.app_factory = {__name__}:make_answer\n")
+    done = command("create", f"{ini}{asked}")
+    assert (done.exit_code, done.stderr) == (2, f"error: {ini}{asked} cannot be loaded: {said}\n")
+
+
+def test_command_passes_other_errors_of_an_ini_on(tmp_path: Path) -> None:
+    ini = tmp_path / "shop.ini"
+    ini.write_text("[app:main]\n")
+    done = command("create", str(ini))
+    assert done.stderr == f"error: {ini} cannot be loaded: LookupError: No loader given in section 'app:main'\n"
+    ini.write_text("[filter:db]\n")
+    assert command("create", str(ini)).stderr == f"error: {ini} cannot be loaded: it has no section [app:main].\n"
+
+
+def test_error_says_so_when_there_is_only_a_context_of_flask() -> None:
+    """chuckablack/quokka#21."""
+    with Flask("shop").app_context(), pytest.raises(ScopeError) as caught:
+        session.execute(text("SELECT 1"))
+    assert str(caught.value) == (
+        "Flask's application context is no scope of 'session':"
+        " use 'with database.context():' of the SQLASessionMiddleware."
+    )

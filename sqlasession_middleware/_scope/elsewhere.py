@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["request_without_scope"]
+__all__ = ["is_in_flask_context", "request_without_scope"]
 
 #: The keys that PEP 3333 requires, and nothing else has.
 _REQUIRED = ("REQUEST_METHOD", "wsgi.input", "wsgi.url_scheme")
+
+
+def is_in_flask_context() -> bool:
+    """Whether a context of Flask is pushed."""
+    flask = sys.modules.get("flask")
+    return flask is not None and bool(flask.has_app_context())
 
 
 def request_without_scope() -> str | None:

@@ -33,6 +33,7 @@ from .kinds import (
 __all__ = [
     "BACKGROUND_OPTIONS",
     "COMMENT_OPTIONS",
+    "DRIVER_ARGUMENTS",
     "ENGINE_OPTIONS",
     "GROUPS",
     "HEALTH_OPTIONS",
@@ -80,6 +81,42 @@ ENGINE_OPTIONS: Mapping[str, Kind] = {
     "skip_autocommit_rollback": BOOLEAN,
     "use_insertmanyvalues": BOOLEAN,
 }
+
+#: Arguments of drivers that are taken for options of the engine.
+DRIVER_ARGUMENTS = frozenset(
+    (
+        "application_name",
+        "autocommit",
+        "cached_statements",
+        "charset",
+        "check_same_thread",
+        "client_flag",
+        "connect_timeout",
+        "detect_types",
+        "init_command",
+        "keepalives",
+        "keepalives_count",
+        "keepalives_idle",
+        "keepalives_interval",
+        "local_infile",
+        "options",
+        "prepare_threshold",
+        "read_timeout",
+        "ssl",
+        "ssl_ca",
+        "ssl_cert",
+        "ssl_key",
+        "sslcert",
+        "sslkey",
+        "sslmode",
+        "sslrootcert",
+        "tcp_user_timeout",
+        "timeout",
+        "unix_socket",
+        "uri",
+        "write_timeout",
+    )
+)
 
 #: The parameters of :class:`sqlalchemy.orm.Session` that an application may set, and ``class_``, the class itself.
 SESSION_OPTIONS: Mapping[str, Kind] = {
