@@ -8,11 +8,14 @@ COMMA = ,
 WORKERS ?= $(if $(TESTS),0,4)
 PYTEST = -m pytest -n $(WORKERS) $(TESTS)
 
+# Examples that are checked one by one, because their modules have the same names.
+TYPED = json_api two_databases pipeline
+
 .DEFAULT_GOAL = help
-.PHONY: help demo test coverage lint types docs screenshots dist bench clean
+.PHONY: help demo test coverage lint types docs docs-zip screenshots dist bench clean
 
 help: ## list the targets, which is what "make" does
-	@sed -n 's/^\([a-z]*\):.* ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo
 	@echo 'The virtual environment is $(VENV) (VENV=...) of $(PYTHON) (PYTHON=python3.12).'
 
@@ -38,11 +41,19 @@ lint: $(VENV)/installed-lint ## check style, with ruff
 
 types: $(VENV)/installed-lint ## check types, with mypy
 	$(BIN)/mypy
+	for example in $(TYPED); do $(BIN)/mypy examples/$$example || exit 1; done
 
 # -E: of pages that have not changed, a saved environment forgets the index entries, which the search needs.
 docs: $(VENV)/installed-docs ## build the documentation's pages
 	$(BIN)/sphinx-build -E -W --keep-going -q docs docs/_build/html
 	@echo 'The pages are in docs/_build/html: begin with docs/_build/html/index.html'
+
+docs-zip: docs ## the same pages as one zip, to be read offline
+	version=$$($(BIN)/python -c 'import sqlasession_middleware as package; print(package.__version__)'); \
+	folder=docs/_build/sqlasession_middleware-$$version-docs; \
+	rm -rf $$folder $$folder.zip && cp -r docs/_build/html $$folder && rm -rf $$folder/.doctrees $$folder/.buildinfo* && \
+	$(BIN)/python -m zipfile -c $$folder.zip $$folder && rm -rf $$folder && \
+	echo "Unpack $$folder.zip, and open index.html"
 
 screenshots: $(VENV)/installed-screenshots ## make the pictures in docs/_static; needs chromium and chromedriver
 	$(BIN)/python docs/screenshots.py

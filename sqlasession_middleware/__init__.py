@@ -28,5 +28,8 @@ __all__ = [
     "session",
 ]
 
+#: The version. setup.cfg reads it from here, so that it is known where nothing is installed, too.
+__version__ = "0.1.0"
+
 #: The middleware that owns the current scope: a proxy that is typed as what it leads to.
 application = cast("SQLASessionMiddleware", _application)

@@ -34,7 +34,7 @@ except ImportError as missing:  # pragma: no cover  # in a process of its own
     sys.exit(f"sqlasession needs {missing.name}: pip install 'sqlasession_middleware[cli]'")
 
 from ._command.ini import Ini, configure_logging, load, read_section
-from ._command.messages import counted, fail, refuse, run_or_fail
+from ._command.messages import counted, fail, refuse, run_or_fail, title_of
 from ._command.report import print_survey
 from ._command.server import SERVER, Workers, read_workers, serve_with_waitress
 from ._command.shell import open_shell
@@ -119,7 +119,7 @@ def create(ini: Ini) -> None:
     if not with_tables:
         fail(f"{ini} has no tables to create: set 'metadata = package.module:Base.metadata' in it.")
     for application in with_tables:
-        click.echo(f"creating {_describe_tables(application)} of {application!r} …")
+        click.echo(f"creating {_describe_tables(application)} of {title_of(application)} …")
         run_or_fail(application.init_database, application)
     click.echo("done")
 
@@ -130,10 +130,10 @@ def create(ini: Ini) -> None:
 def drop(ini: Ini, yes: bool) -> None:
     """Drop all tables, with everything in them, of every application with a database."""
     _, applications = _load(ini)
-    if not yes and not all(_confirm(f"Drop {_describe_tables(each)} of {each!r}?") for each in applications):
+    if not yes and not all(_confirm(f"Drop {_describe_tables(each)} of {title_of(each)}?") for each in applications):
         fail("aborted, no tables were dropped.")
     for application in applications:
-        click.echo(f"dropping {_describe_tables(application)} of {application!r} …")
+        click.echo(f"dropping {_describe_tables(application)} of {title_of(application)} …")
         run_or_fail(application.drop_database, application)
     click.echo("done")
 

@@ -5,6 +5,7 @@ Their messages name what was found and what to do about it, and never contain a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from functools import partial
@@ -17,7 +18,9 @@ __all__ = [
     "ScopeError",
     "TransactionAborted",
     "nearest",
+    "of_application",
     "shown",
+    "without_address",
 ]
 
 
@@ -116,11 +119,22 @@ def shown(value: object) -> str:
     return "a URL" if isinstance(value, Collection) and "://" in text else text
 
 
+def without_address(value: object) -> str:
+    """Return ``repr(value)`` without addresses in memory, which differ each time and tell nobody anything."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
 def named(call: object) -> str:
     """Return how the log names a function. The arguments of a partial are not shown: one may be a password."""
     while isinstance(call, partial):
         call = call.func
     return getattr(call, "__qualname__", None) or type(call).__qualname__
+
+
+def of_application(application: object) -> str:
+    """Return how a record of the log goes on that names a request: ``" of 'shop'"``, or nothing without a name."""
+    name = getattr(application, "name", None)
+    return "" if name is None else f" of {name!r}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

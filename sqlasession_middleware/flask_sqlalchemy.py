@@ -16,6 +16,7 @@ This module needs the extra ``flask-sqlalchemy``.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import flask_sqlalchemy
@@ -68,6 +69,7 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
         self,
         app: Flask | None = None,
         *,
+        name: str | None = None,
         transaction: bool | Mapping[str, Any] = False,
         unavailable: bool | Mapping[str, Any] = False,
         replicas: Collection[Any] = (),
@@ -85,6 +87,7 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
         **theirs: Any,
     ) -> None:
         self._options = {
+            "name": name,
             "transaction": transaction,
             "unavailable": unavailable,
             "replicas": replicas,
@@ -134,7 +137,15 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
             problem = "cannot be used with 'transaction', which commits the request's session."
             raise ConfigurationError("session_options", problem, "scopefunc")
         self._making.clear()
-        super().init_app(app)
+        try:
+            super().init_app(app)
+        except RuntimeError as error:
+            # Only if no database is set up. It is Flask-SQLAlchemy's error then.
+            written = {key.upper(): key for key in app.config if app.config[key] and key not in (_URI, _BINDS)}
+            if not app.config.get(_URI) and (similar := get_close_matches(_URI, written, 1, 0.75)):
+                problem = f"is not a setting of Flask-SQLAlchemy; did you mean {_URI!r}?"
+                raise ConfigurationError(f"{written[similar[0]]!r}{IN_CONFIGURATION}", problem) from error
+            raise
         engines = self._app_engines[app]
         # An application's own _make_engine() may not be this one.
         sources = {key: self._making[key] if key in self._making else source_of(engines[key]) for key in engines}
@@ -143,6 +154,7 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
         options["replicas"] = [self._read_replica(each, app) for each in options["replicas"]]
         options["engine_options"] = None if sources.get(None) is None else self._default_options
         options["session_options"] = {**session_options, "class_": factory.class_, "db": _Registered(self, engines)}
+        options["name"] = app.name if options["name"] is None else options["name"]
         options["metadata"] = list(self.metadatas.values())
         try:
             middleware = FlaskMiddleware(self, app, sources, options)

@@ -22,7 +22,7 @@ from ._scope.scope import running_scope
 from ._settings.checks import check_application, check_path_or_none, check_seconds_above_0
 from ._wsgi.webob import Request, Response
 from ._wsgi.wrapped import applications_in
-from .errors import ConfigurationError, shown
+from .errors import ConfigurationError, of_application, shown
 from .middleware import SQLASessionMiddleware
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ class HealthMiddleware:
 
     def _answer_ready(self) -> tuple[int, dict[str, Any], str]:
         application = self._owner()
-        states = ask_engines(application.engines, self.timeout, application.without_secrets)
+        states = ask_engines(
+            application.engines, self.timeout, application.without_secrets, of_application(application)
+        )
         routing = application.routing
         # The primary serves the reads of a replica that is away.
         needed = (DEFAULT, *(() if routing is None else routing.binds))
@@ -111,7 +113,8 @@ class HealthMiddleware:
         for name, words in engines.items():
             breaker = words.get("breaker")
             lines.append(f"{name}: {words['state']}" + (f", breaker {breaker}" if breaker else ""))
-        return 200 if is_ready else 503, {"ready": is_ready, "engines": engines}, "\n".join(lines) + "\n"
+        told = {} if application.name is None else {"application": application.name}
+        return 200 if is_ready else 503, {"ready": is_ready, **told, "engines": engines}, "\n".join(lines) + "\n"
 
     def _owner(self) -> SQLASessionMiddleware:
         if self._application is not None:

@@ -74,10 +74,12 @@ def observe(app: SQLASessionMiddleware, meter_provider: MeterProvider | None = N
             meters = _meters[provider] = _Meters(provider)
     if app.note_503 is not None:
         raise ConfigurationError("app", "is observed already: call observe() once for each application.")
-    app.note_503 = meters.note_503
-    app.record_requests(partial(_metered, meters=meters))
+    told = {} if app.name is None else {"application": app.name}
+    app.note_503 = partial(meters.note_503, told)
+    app.record_requests(partial(_metered, meters=meters, told=told))
     for name, source in app.named_sources().items():
-        source.on_creation(partial(meters.observe_engine, name=name))
+        pool = name if app.name is None else f"{app.name}.{name}"
+        source.on_creation(partial(meters.observe_engine, name=pool))
 
 
 class _Meters:
@@ -131,12 +133,12 @@ class _Meters:
         for engine, observed in list(self._engines.items()):
             yield from of_engine(observed, engine)
 
-    def note_503(self, reason: str) -> None:
-        self._answers.add(1, {"reason": reason})
+    def note_503(self, told: dict[str, str], reason: str) -> None:
+        self._answers.add(1, {**told, "reason": reason})
 
-    def note_request(self, environ: dict[str, Any], record: Record) -> None:
-        self._outcomes.add(1, {"outcome": record.outcome})
-        self._attempts.add(environ.get("sqlasession.attempt", 1))
+    def note_request(self, told: dict[str, str], environ: dict[str, Any], record: Record) -> None:
+        self._outcomes.add(1, {**told, "outcome": record.outcome})
+        self._attempts.add(environ.get("sqlasession.attempt", 1), told)
 
 
 class _ObservedEngine(TimedWaits):
@@ -252,19 +254,23 @@ class _ObservedEngine(TimedWaits):
                 yield Observation(int(each == state), {**self._pool, "state": each})
 
 
-def _metered(scope_class: type[Scope], meters: _Meters) -> type[Scope]:
-    """A subclass of ``scope_class`` that counts requests."""
-    return type(scope_class.__name__, (_MeteredScope, scope_class), {"meters": meters})
+def _metered(scope_class: type[Scope], meters: _Meters, told: dict[str, str]) -> type[Scope]:
+    """A subclass of ``scope_class`` that counts requests.
+
+    :param told: the attributes of what it counts.
+    """
+    return type(scope_class.__name__, (_MeteredScope, scope_class), {"meters": meters, "told": told})
 
 
 class _MeteredScope(Scope):
     """A scope whose request is counted at its end."""
 
     meters: _Meters
+    told: dict[str, str]
 
     def clear(self) -> None:
         """Forget the scope's values; at the end of the scope, count the request."""
         super().clear()
         environ = self.environ
         if self.state is ENDED and environ is not None and RECORD in environ:
-            self.meters.note_request(environ, environ[RECORD])
+            self.meters.note_request(self.told, environ, environ[RECORD])

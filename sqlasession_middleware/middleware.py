@@ -48,12 +48,20 @@ from ._sessions.classes import session_class_for
 from ._sessions.registry import current_scope
 from ._sessions.routed_scope import RoutedScope
 from ._sessions.routing_sessions import session_maker
-from ._settings.arguments import make_with_options, read_metadata, read_session_options, read_streams, wrap
+from ._settings.arguments import (
+    explain_unknown,
+    make_with_options,
+    read_metadata,
+    read_session_options,
+    read_streams,
+    wrap,
+)
 from ._settings.checks import (
     check_application,
     check_boolean,
     check_count,
     check_deadline,
+    check_name_or_none,
     check_seconds,
     check_seconds_or_none,
     resolve_option,
@@ -62,7 +70,7 @@ from ._settings.ini import ini_names, ini_place, read_settings
 from ._transaction.job import run_job
 from ._wsgi.file_wrapper import call_with_file_wrapper
 from .capacity import Capacity
-from .errors import ConfigurationError, named, shown
+from .errors import ConfigurationError, named, of_application, shown, without_address
 from .leaks import note_checkouts, reporting
 from .transaction import TransactionMiddleware, after_commit
 from .unavailable import UnavailableMiddleware
@@ -83,6 +91,8 @@ class SQLASessionMiddleware:
     :param app: any WSGI application.
     :param bind: the database: a URL string, a :class:`~sqlalchemy.engine.URL`, or an
         :class:`~sqlalchemy.engine.Engine`, which is used as it is and never disposed of.
+    :param name: what logs, errors, health checks, metrics and the command call the application, such as ``"shop"``. An
+        ini section's name is the default there.
     :param binds: further databases by their bind keys. Each is given like ``bind``, or as a dict of engine options with
         ``url``. See :doc:`binds`.
     :param replicas: replicas of ``bind``, for requests that only read. Each is given like one of ``binds``; options
@@ -133,11 +143,13 @@ class SQLASessionMiddleware:
     #: The class of the scopes of :meth:`context`.
     context_scope: type[Scope] = Scope
 
+    @explain_unknown
     def __init__(
         self,
         app: WSGIApplication,
         bind: str | URL | Engine,
         *,
+        name: str | None = None,
         binds: Mapping[str, Any] | None = None,
         replicas: Collection[Any] = (),
         engine_options: Mapping[str, Any] | None = None,
@@ -159,6 +171,9 @@ class SQLASessionMiddleware:
     ) -> None:
         check_application(app)
         self.app = app
+        check_name_or_none("name", name)
+        #: what others call it
+        self.name = name
         #: All metadata that was given; :attr:`metadata` is the first.
         self.collections = read_metadata(metadata)
         self.metadata = self.collections[0]
@@ -210,6 +225,8 @@ class SQLASessionMiddleware:
             source.on_creation(note_checkouts)
 
     def _comment_statements(self, sql_comments: Any) -> None:
+        if self.name is not None and isinstance(sql_comments, Mapping):
+            sql_comments = {"application": self.name, **sql_comments}
         self.sql_comments = make_with_options("sql_comments", SQLComments, sql_comments)
         for source in self._sources():
             source.on_creation(partial(comment_on, comments=self.sql_comments))
@@ -402,12 +419,12 @@ class SQLASessionMiddleware:
                     f"background() cannot take {type(each).__name__}, which belongs to a Session that another thread"
                     " must not use: pass its key."
                 )
-        job = partial(self.run, call, *arguments)
+        job, told = partial(self.run, call, *arguments), named(call) + of_application(self)
         scope = current.get(None)
         if isinstance(scope, Scope) and scope.state is not ENDED and scope.owner is self:
-            after_commit(partial(self._background.submit, job, named(call)))
+            after_commit(partial(self._background.submit, job, told))
         else:
-            self._background.submit(job, named(call))
+            self._background.submit(job, told)
 
     @property
     def engine(self) -> Engine:
@@ -512,7 +529,8 @@ class SQLASessionMiddleware:
         return text
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self.app!r} on {self._source!r}>"
+        called = f"of {without_address(self.app)}" if self.name is None else repr(self.name)
+        return f"<{type(self).__name__} {called} on {self._source!r}>"
 
 
 def _no_application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

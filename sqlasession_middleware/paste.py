@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ._settings.ini import PLACE_KEYS, ini_place, read_options
 from ._settings.kinds import Kind
 from ._settings.options import HEALTH_OPTIONS, INSPECTOR_OPTIONS, TRANSACTION_OPTIONS, UNAVAILABLE_OPTIONS
+from ._settings.section import section_name
 from .errors import ConfigurationError
 from .health import HealthMiddleware
 from .middleware import SQLASessionMiddleware
@@ -42,10 +43,12 @@ _collection: ContextVar[list[SQLASessionMiddleware] | None] = ContextVar(
 def main(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> SQLASessionMiddleware:
     """The ``paste.filter_app_factory`` named ``main``.
 
-    :param global_conf: the default values of the ini file. Only ``here`` and ``__file__`` are used.
-    :param settings: the keys of the section.
+    :param global_conf: the default values of the ini file, which is read once more for the name of the section.
+    :param settings: the keys of the section. Its name is the default of ``name``.
     """
     place = {key: global_conf[key] for key in PLACE_KEYS if key in global_conf}
+    if "name" not in settings and (name := section_name(global_conf, settings)) is not None:
+        settings["name"] = name
     middleware = SQLASessionMiddleware.from_config(app, {**place, **settings})
     collect(middleware)
     return middleware

@@ -78,10 +78,10 @@ def includeme(config: Configurator) -> None:
         is included as well, or if a setting is wrong.
     """
     policy = PyramidPolicy()
-    registry = config.registry
+    registry, package = config.registry, config.root_package.__name__
 
     def set_up() -> None:
-        policy.set_up(read_options(config.get_settings()), registry)
+        policy.set_up(read_options(config.get_settings(), None if package == "__main__" else package), registry)
 
     def place_tween() -> None:
         if policy.transaction is not None:

@@ -31,7 +31,7 @@ from ._transaction.attempt import Again, Attempt, CommitFailed, CommitVeto
 from ._transaction.websocket import serve_websocket
 from ._wsgi.kept_request import KeptRequest
 from ._wsgi.websocket import asks_for_websocket
-from .errors import ConfigurationError, ScopeError, shown
+from .errors import ConfigurationError, ScopeError, of_application, shown
 from .failures import Failure
 
 if TYPE_CHECKING:
@@ -221,11 +221,12 @@ class TransactionMiddleware:
                 scope.lost_each_time = lost_each_time = lost_each_time and again.failure is Failure.LOST
                 wait = self.backoff(number)
                 logger.warning(
-                    "Attempt %d of %d at %s %r failed and will be repeated in %.3f s: %r",
+                    "Attempt %d of %d at %s %r%s failed and will be repeated in %.3f s: %r",
                     number,
                     self.attempts,
                     environ.get("REQUEST_METHOD"),
                     environ.get("PATH_INFO"),
+                    of_application(scope.owner),
                     wait,
                     again.cause,
                     exc_info=again.cause,

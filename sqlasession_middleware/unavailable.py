@@ -34,7 +34,7 @@ from ._wsgi.file_wrapper import is_file
 from ._wsgi.held_head import HeldHead
 from ._wsgi.users_page import RETRY_AFTER, UNAVAILABLE, answer_with_page
 from ._wsgi.websocket import asks_for_websocket, is_websocket
-from .errors import ConfigurationError, shown
+from .errors import ConfigurationError, of_application, shown
 from .failures import Failure, ObservedFailure, classify
 from .transaction import TransactionMiddleware
 
@@ -145,15 +145,17 @@ class UnavailableMiddleware:
         """The page for a failure of the database; None if the application's own response or exception stands."""
         if not self._is_answered(environ, failure):
             return None
-        request = environ.get("REQUEST_METHOD"), environ.get("PATH_INFO")
+        scope = running_scope()
+        of_name = of_application(None if scope is None else scope.owner)
+        request = environ.get("REQUEST_METHOD"), environ.get("PATH_INFO"), of_name
         said = _said_by_the_driver(cause)
         if failure is Failure.TRANSIENT:
-            logger.error("The database is too busy: %s %r is answered with 503: %s", *request, said, exc_info=cause)
+            logger.error("The database is too busy: %s %r%s is answered with 503: %s", *request, said, exc_info=cause)
             return self._page_for(environ, "busy")
         if observed is not None and _is_own_fault(observed):
             logger.error(
-                "%s %r has lost its connection in each attempt, and the database answers others: it is no outage, but a"
-                " statement that the database cannot take, for example one above max_allowed_packet: %s",
+                "%s %r%s has lost its connection in each attempt, and the database answers others: it is no outage, but"
+                " a statement that the database cannot take, for example one above max_allowed_packet: %s",
                 *request,
                 said,
                 exc_info=cause,
@@ -163,7 +165,7 @@ class UnavailableMiddleware:
         # Once in an outage: the others fail of the same.
         shown_cause = cause if breaker is None or breaker.tells(self) else None
         logger.error(
-            "The database is out of reach: %s %r is answered with 503: %s", *request, said, exc_info=shown_cause
+            "The database is out of reach: %s %r%s is answered with 503: %s", *request, said, exc_info=shown_cause
         )
         origin = cause if observed is None else observed.error
         is_pool = any(isinstance(each, PoolTimeoutError) for each in causes_of(origin))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -252,7 +254,8 @@ def test_check_of_several_applications_and_of_one_by_name(ini):
     path = ini({"sqlalchemy.url": "sqlite:///shop.db"}, more)
     both = check(f"{path}#both")
     assert both.exit_code == 0, both.output
-    assert "application 1 of 2: <SQLASessionMiddleware of" in both.stdout
+    assert "application 1 of 2: 'main' on sqlite:////" in both.stdout
+    assert "application 2 of 2: 'other' on sqlite://\n" in both.stdout
     assert "shop.db" in both.stdout
     assert "shop.db" not in check(f"{path}#other").stdout
 
@@ -285,7 +288,7 @@ REFUSED = {
     "no ini": (lambda ini: __file__, f"error: {__file__} is not a valid ini file: "),
     "no such application": (
         lambda ini: ini({"sqlalchemy.url": "sqlite://"}) + "#lost",
-        "cannot be loaded: LookupError",
+        "cannot be loaded: it has no section [app:lost]",
     ),
     "wrong setting": (
         lambda ini: ini({"sqlalchemy.ulr": "sqlite://"}),
@@ -374,7 +377,7 @@ def test_create_and_drop(ini, tmp_path):
     path = ini(SETTINGS)
     done = command("create", path)
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("creating 1 table of <SQLASessionMiddleware of")
+    assert done.stdout.startswith("creating 1 table of 'main' on sqlite:////")
     assert done.stdout.endswith("done\n")
     assert tables(tmp_path) == ["guests"]
     assert command("create", path).exit_code == 0
@@ -434,7 +437,7 @@ def test_shell(ini):
     done = command("shell", path, said=f"{IMPORT}{ADD}{COUNT}application\nsorted(metadata.tables)\n")
     assert done.exit_code == 0, done.output
     assert "guests: 1" in done.stdout
-    assert "<SQLASessionMiddleware of" in done.stdout
+    assert "<SQLASessionMiddleware 'main' on sqlite:////" in done.stdout
     assert "['guests']" in done.stdout
     assert "what was not committed is rolled back" in done.stdout
     done = command("shell", path, "--commit", said=f"{IMPORT}{COUNT}{ADD}")
@@ -581,7 +584,8 @@ def test_current_folder_is_looked_into(ini, tmp_path, monkeypatch):
 def test_serve_refuses_a_wrong_listen(ini):
     done = command("serve", ini(SETTINGS, "\n[server:main]\nuse = egg:waitress#main\nlisten = 256.256.256.256:80\n"))
     assert done.exit_code == 1
-    assert "error: waitress cannot listen: " in done.stderr
+    assert done.stderr.startswith("error: waitress cannot listen on 256.256.256.256:80: ")
+    assert "--port" not in done.stderr
 
 
 def test_serve_logs_as_the_ini_says(ini, tmp_path):
@@ -610,7 +614,7 @@ format = %(levelname)s {tmp_path.name}
 
 #: Options of "serve", and what is said of them.
 NOT_SERVED = {
-    "no such host": (["--host", "256.256.256.256"], 1, "error: waitress cannot listen: "),
+    "no such host": (["--host", "256.256.256.256"], 1, "error: waitress cannot listen on 256.256.256.256:8080: "),
     "no port": (["--port", "70000"], 2, "70000 is not in the range"),
 }
 
@@ -621,6 +625,18 @@ def test_serve_refuses(ini, name):
     done = command("serve", ini(SETTINGS), *options)
     assert done.exit_code == code
     assert said in done.stderr
+
+
+def test_serve_names_the_port_and_the_way_out_when_another_program_has_it(ini):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = command("serve", ini(SETTINGS), "--port", str(port))
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"error: waitress cannot listen on 127.0.0.1:{port}: ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()  # waitress leaves the socket open that it could not bind.
+    assert done.stderr.endswith(" Another program listens there: stop it, or choose another port with --port.\n")
 
 
 def test_serve_without_waitress(ini, monkeypatch):
@@ -671,7 +687,7 @@ def test_wait_names_each_of_several_applications(ini):
     done = command("wait", f"{ini({'sqlalchemy.url': 'sqlite:///shop.db'}, more)}#both")
     assert done.exit_code == 0, done.output
     said = sorted(line.partition(": answers")[0] for line in done.stdout.splitlines())
-    assert said == ["application 1, default", "application 2, default"]
+    assert said == ["main, default", "other, default"]
 
 
 @pytest.mark.parametrize("name", SERVERS_SEEN)

@@ -30,7 +30,7 @@ from paste.deploy import loadapp
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationExecutionError
 from pyramid.tweens import EXCVIEW
-from sqlalchemy import MetaData, create_engine, event, select, text
+from sqlalchemy import MetaData, NullPool, create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from werkzeug.test import Client
@@ -190,6 +190,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "… must be a WSGI application, a callable, got …": REFUSED["app"][0],
     "… must be true, false or a dict of options, got …": {"transaction": "yes"},
     "… must be a dict of options, got …": {"background": 3},
+    "… must be a printable text, or none, got …": {"name": ""},
+    "… is one of …: pass …": {"pool_size": 5},
+    "… is not an option of SQLASessionMiddleware…": {"atempts": 5},
     "… must be a text, or none, got …": {"sql_comments": {"application": 3}},
     "… must be a MetaData, such as a declarative Base.metadata, or several, got …": REFUSED["metadata"][0],
     "… must be a subclass of Session, got …": REFUSED["session class"][0],
@@ -199,6 +202,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "… is not an option…": {"transaction": {"atempts": 3}},
     "… is not an option of …": REFUSED["session option"][0],
     "… is not an option of create_engine() for …": REFUSED["engine option"][0],
+    "… does not go with the pool, a …: leave it out, or choose another 'poolclass'.": {
+        "engine_options": {"poolclass": NullPool, "pool_size": 5}
+    },
+    "… is an argument of the driver: set it in 'connect_args', or as '…' in an ini.": {
+        "engine_options": {"check_same_thread": False}
+    },
     "… is missing: set it to the URL of the database.": {"binds": {"audit": {"pool_size": 1}}},
     "… is set by the middleware: pass it as 'bind'.": REFUSED["session bind"][0],
     "… is reserved for tables without a bind key: pass this database as 'bind'.": {"binds": {"default": "sqlite://"}},
@@ -377,13 +386,35 @@ def use_session_outside() -> None:
     select_one()
 
 
+@provokes("Flask's application context is no scope of 'session': …")
+def use_session_in_a_context_of_flask() -> None:
+    with Flask("shop").app_context():
+        select_one()
+
+
+@provokes("… is not a setting of Flask-SQLAlchemy; did you mean …?")
+def misspell_the_url() -> None:
+    app = Flask("shop")
+    app.config["SQLALCHEMY_DATABASE_URL"] = "sqlite://"
+    SQLAlchemy(app)
+
+
+@provokes("No SQLASessionMiddleware is around the code that uses 'session' in the request …: …")
+def use_session_around_the_middleware() -> None:
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        select_one()
+        return answer(start)
+
+    Client(app).get("/")
+
+
 @provokes("the deadline of … s has passed: …")
 def wait_too_long(make: Callable[..., SQLASessionMiddleware]) -> None:
     with make().context(deadline=1e-6):
         select_one()
 
 
-@provokes("No application is bound here: this code runs outside of a request, or its request is over. …")
+@provokes("No application is bound here: this code runs outside of a request, or its request is over, …")
 def use_application_outside() -> None:
     application.engine  # noqa: B018  # it is an error to ask
 
@@ -512,6 +543,25 @@ def find_nothing(make: Any) -> None:
     app.init_database()
     with app.context():
         Request.blank("/").one_or_404(select(Guest))
+
+
+@provokes("There is no such page.")
+def ask_for_no_page(make: Any) -> None:
+    with make(metadata=Guest.metadata).context():
+        Request.blank("/?page=0").paginate(select(Guest))
+
+
+@provokes("paginate_by_key() needs a statement with order_by(): …")
+def ask_for_pages_without_an_order(make: Any) -> None:
+    with make(metadata=Guest.metadata).context():
+        Request.blank("/").paginate_by_key(select(Guest))
+
+
+@provokes("paginate_by_key() needs sqlakeyset: pip install 'sqlasession_middleware[pages]'")
+def ask_for_pages_without_the_extra(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sqlakeyset", None)
+    with make(metadata=Guest.metadata).context():
+        Request.blank("/").paginate_by_key(select(Guest))
 
 
 # Transactions.
@@ -1036,13 +1086,18 @@ def refuse_to_drop(ini: Any) -> Result:
     return command("drop", ini({"sqlalchemy.url": "sqlite://"}), said="n\n")
 
 
+@provokes("error: … cannot be loaded: it has no section …")
+def name_no_section(ini: Any) -> Result:
+    return command("create", f"{ini({'sqlalchemy.url': 'sqlite://'})}#Shop")
+
+
 @provokes("error: waitress is not installed: pip install waitress")
 def serve_without_waitress(ini: Any, monkeypatch: pytest.MonkeyPatch) -> Result:
     monkeypatch.setitem(sys.modules, "waitress.server", None)
     return command("serve", ini({"sqlalchemy.url": "sqlite://"}))
 
 
-@provokes("error: waitress cannot listen: …")
+@provokes("error: waitress cannot listen on …: …")
 def serve_nowhere(ini: Any) -> Result:
     return command("serve", ini({"sqlalchemy.url": "sqlite://"}), "--host", "256.256.256.256")
 

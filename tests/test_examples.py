@@ -45,7 +45,7 @@ from sqlasession_middleware.testing import no_leaks
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 #: A page.
-LINES = 70
+LINES = 75
 #: Seconds for what has to happen soon.
 PATIENCE = 30
 

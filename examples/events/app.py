@@ -63,5 +63,7 @@ def events(last):
         sleep(1)
 
 
-app = SQLASessionMiddleware(app, "sqlite:///messages.db", metadata=Base.metadata, transaction=True, unavailable=True)
-app.init_database()
+app = database = SQLASessionMiddleware(
+    app, "sqlite:///messages.db", metadata=Base.metadata, transaction=True, unavailable=True
+)
+database.init_database()

@@ -45,5 +45,6 @@ def show_guest(number):
     return guest.as_dict()
 
 
-app = SQLASessionMiddleware(book, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
-app.init_database()
+database = SQLASessionMiddleware(book, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
+database.init_database()
+app = database

@@ -56,10 +56,11 @@ def show_guest(request, number):
 
 urlpatterns = [path("", GuestsView.as_view()), re_path(r"^([0-9]{1,9})$", show_guest, name="guest")]
 
-application = SQLASessionMiddleware(
+database = SQLASessionMiddleware(
     get_wsgi_application(), DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True
 )
-application.init_database()
+database.init_database()
+application = database
 
 if __name__ == "__main__":
     execute_from_command_line(sys.argv)

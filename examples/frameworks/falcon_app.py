@@ -47,5 +47,6 @@ app.add_route("/", GuestsResource())
 app.add_route("/{number:int(min=1, max=2147483647)}", GuestResource())
 app.add_error_handler(IntegrityError, refuse_taken_name)
 
-app = SQLASessionMiddleware(app, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
-app.init_database()
+database = SQLASessionMiddleware(app, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
+database.init_database()
+app = database

@@ -44,7 +44,6 @@ def refuse_taken_name(error):
     return {"error": "There is a guest of that name."}, 409  # Like any 4xx or 5xx, it rolls back.
 
 
-app.wsgi_app = database = SQLASessionMiddleware(
-    app.wsgi_app, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True
-)
+database = SQLASessionMiddleware(app.wsgi_app, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
 database.init_database()
+app.wsgi_app = database

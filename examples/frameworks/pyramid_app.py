@@ -61,5 +61,6 @@ with Configurator() as config:
     config.scan(__name__)
     app = config.make_wsgi_app()
 
-app = SQLASessionMiddleware(app, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
-app.init_database()
+database = SQLASessionMiddleware(app, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
+database.init_database()
+app = database

@@ -47,5 +47,6 @@ def add_guest(request):
     return Response(json=guest.as_dict(), status=201, location=f"{request.application_url}/{guest.id}")
 
 
-app = SQLASessionMiddleware(app, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
-app.init_database()
+database = SQLASessionMiddleware(app, DATABASE_URL, metadata=Base.metadata, transaction=True, unavailable=True)
+database.init_database()
+app = database

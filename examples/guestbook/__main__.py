@@ -46,8 +46,9 @@ def main() -> None:
         # The ini's waitress#main would do the same, but not report its port.
         server = create_server(app, **server_settings)
     except (OSError, ValueError) as error:
+        said = f"'port' of [server:main] in {ini.name}" if arguments.port is None else "--port"
         sys.exit(
-            f"Cannot serve on {host}:{port}, which is 'port' of [server:main] in {ini.name}: {error}."
+            f"Cannot serve on {host}:{port} ({said}): {error}."
             " Choose another port: make demo PORT=8080, or python -m guestbook --port 8080."
         )
     port = getattr(server, "effective_port", port)  # The attribute is missing for a host with several addresses.

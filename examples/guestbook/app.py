@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
-from math import ceil
 
-from sqlalchemy import func, select
-from webob import Request, Response
+from sqlalchemy import select
+from webob import Response
 from webob.exc import HTTPBadRequest, HTTPMethodNotAllowed, HTTPNotFound, HTTPSeeOther
 
 from sqlasession_middleware import application, session
+from sqlasession_middleware.request import Request
 
 from .forms import EntryForm
 from .models import Entry
@@ -47,15 +47,8 @@ class Guestbook(Site):
 
     def list_entries(self, request: Request, form: EntryForm, status: int = 200) -> Response:
         """One page of entries, newest first, under the form."""
-        count = session.scalar(select(func.count(Entry.id))) or 0
-        pages = max(1, ceil(count / PAGE_SIZE))
-        page = read_page_number(request, pages)
-        newest_first = select(Entry).order_by(Entry.id.desc())
-        entries = session.scalars(newest_first.limit(PAGE_SIZE).offset((page - 1) * PAGE_SIZE)).all()
-        return Response(
-            self.render(request, "guestbook.html", form=form, entries=entries, count=count, page=page, pages=pages),
-            status=status,
-        )
+        page = request.paginate(select(Entry).order_by(Entry.id.desc()), per_page=PAGE_SIZE)
+        return Response(self.render(request, "guestbook.html", form=form, page=page), status=status)
 
     def sign(self, request: Request) -> Response:
         """Add an entry, or show the form again with its errors."""
@@ -73,17 +66,6 @@ class Guestbook(Site):
         if not self._tables_exist:
             application.init_database()
             self._tables_exist = True
-
-
-def read_page_number(request: Request, pages: int) -> int:
-    text = request.GET.get("page", "1")
-    try:
-        page = int(text)
-    except ValueError:
-        page = 0
-    if not 1 <= page <= pages:
-        raise HTTPNotFound(f"This guestbook has no page {text!r}.")
-    return page
 
 
 def read_fields(request: Request) -> dict[str, object]:
@@ -105,9 +87,10 @@ def export() -> Response:
 
 def csv_chunks() -> Iterator[bytes]:
     # The server iterates over this after the application has returned. The session stays open until the end.
-    yield csv_lines([("written", "name", "message")])
     oldest_first = select(Entry).order_by(Entry.id).execution_options(yield_per=EXPORT_BATCH)
     with session.scalars(oldest_first) as entries:  # If the client disconnects, close() of the body ends this block.
+        # Not before the query: after the first chunk, a failure of the database could be no 503 any more.
+        yield csv_lines([("written", "name", "message")])
         for batch in entries.partitions():
             yield csv_lines([(f"{entry.written.isoformat()}Z", entry.name, entry.message) for entry in batch])
 

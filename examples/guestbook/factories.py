@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from webob import Request, Response
+from webob import Response
 from webob.exc import HTTPNotFound
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+from sqlasession_middleware.request import Request
 
 from .app import Guestbook
 from .pages import Site

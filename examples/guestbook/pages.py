@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from webob import Request, Response
+from webob import Response
 from webob.exc import HTTPBadRequest, HTTPError, HTTPFound
+
+from sqlasession_middleware.request import Request
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment

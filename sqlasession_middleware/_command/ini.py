@@ -5,18 +5,24 @@ from __future__ import annotations
 import configparser
 import logging.config
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paste.deploy import loadapp
 
+from ..errors import nearest
 from .messages import refuse
 
 if TYPE_CHECKING:
     from ..middleware import SQLASessionMiddleware
 
 __all__ = ["Ini", "configure_logging", "load", "read_section"]
+
+
+#: PasteDeploy's message.
+_NO_SECTION = re.compile(r"No section '(?P<name>.*)' \(prefixed by (?P<kinds>.*)\) found in config ")
 
 
 class Ini(NamedTuple):
@@ -49,7 +55,7 @@ def load(ini: Ini) -> tuple[Any, list[SQLASessionMiddleware]]:
         try:
             app = loadapp(f"config:{os.path.abspath(ini.path)}", name=ini.name or None, global_conf=_escape(ini.given))
         except (Exception, SystemExit) as error:
-            refuse(f"{ini} cannot be loaded: {_describe_error(error)}")
+            refuse(f"{ini} cannot be loaded: {_find_missing_section(ini, error) or _describe_error(error)}")
     if not applications:
         refuse(f"{ini} has no section with 'use = egg:sqlasession_middleware'.")
     return app, applications
@@ -86,6 +92,20 @@ def _defaults(ini: Ini) -> dict[str, str]:
 def _escape(values: Mapping[str, str]) -> dict[str, str]:
     """Double each ``%``, because the parser expands ``%(name)s`` in default values, too."""
     return {name: value.replace("%", "%%") for name, value in values.items()}
+
+
+def _find_missing_section(ini: Ini, error: BaseException) -> str | None:
+    """What PasteDeploy's error says of a section that there is none of, with those that there are."""
+    missing = _NO_SECTION.match(str(error)) if isinstance(error, LookupError) else None
+    if missing is None:
+        return None
+    kinds, name = re.findall("[a-z-]+", missing["kinds"].replace(" or ", " ")), missing["name"]
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ini.path)
+    known = [known for section in parser.sections() for kind, _, known in [section.partition(":")] if kind in kinds]
+    meant = nearest(name, known)
+    there = f". There are: {', '.join(sorted(known))}." if meant == "." and known else meant
+    return f"it has no section [{kinds[0]}:{name}]{there}"
 
 
 def _describe_error(error: BaseException) -> str:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from .._database.engines import without_passwords_of_urls
+from .._database.secrets import shown_url
 
 if TYPE_CHECKING:
     from ..middleware import SQLASessionMiddleware
 
-__all__ = ["complain", "counted", "describe_error", "fail", "refuse", "run_or_fail"]
+__all__ = ["complain", "counted", "describe_error", "fail", "refuse", "run_or_fail", "title_of"]
 
 
 def complain(problem: str) -> None:
@@ -45,6 +46,12 @@ def run_or_fail(action: Callable[[], object], application: SQLASessionMiddleware
 def describe_error(error: BaseException, application: SQLASessionMiddleware) -> str:
     """The message of a database's error on one line, without the passwords of the application's engines."""
     return application.without_secrets(" ".join(str(getattr(error, "orig", None) or error).split()))
+
+
+def title_of(application: SQLASessionMiddleware) -> str:
+    """What the output calls an application."""
+    name = application.name
+    return repr(application) if name is None else f"{name!r} on {shown_url(application.engine.url)}"
 
 
 def counted(number: int, one: str, many: str) -> str:

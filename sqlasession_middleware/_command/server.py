@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -53,7 +54,11 @@ def serve_with_waitress(
     try:
         server = create_server(app, **address, threads=threads)
     except (OSError, ValueError) as error:
-        fail(f"waitress cannot listen: {error}")
+        where = address.get("listen") or f"{address['host']}:{address['port']}"
+        problem = f"waitress cannot listen on {where}: {error}"
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            problem += ". Another program listens there: stop it, or choose another port with --port."
+        fail(problem)
     _run(server)  # pragma: no cover
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .._sessions.registry import session
-from .messages import run_or_fail
+from .messages import run_or_fail, title_of
 
 if TYPE_CHECKING:
     from ..middleware import SQLASessionMiddleware
@@ -25,7 +25,7 @@ def open_shell(application: SQLASessionMiddleware, commit: bool) -> None:
     """
     names = {**_mapped_classes(), "session": session, "application": application, "metadata": application.metadata}
     with application.context():
-        _interact(f"{application!r}: {', '.join(sorted(names))}", names)
+        _interact(f"{title_of(application)}: {', '.join(sorted(names))}", names)
         if session.registry.has() and session().in_transaction():
             if commit:
                 run_or_fail(session.commit, application)

@@ -16,7 +16,7 @@ from sqlalchemy.pool import Pool
 from .._wsgi.wrapped import applications_in
 from ..capacity import MAX_CONNECTIONS, EngineCapacity, Limit, ask_limits, servers_of
 from ..inspector import InspectorMiddleware
-from .messages import describe_error
+from .messages import describe_error, title_of
 from .server import Workers
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def make_survey(
             answer = ping(engine, application)
             demands.add(engine, capacity.total, answer.limits)
             engines.append(EngineSurvey(capacity, answer))
-        surveyed.append(ApplicationSurvey(repr(application), engines))
+        surveyed.append(ApplicationSurvey(title_of(application), engines))
     return Survey(workers, surveyed, list(demands), inspectors or [])
 
 

@@ -222,7 +222,7 @@ def _engines_of(
 ) -> Iterator[Waited]:
     limited: set[Dialect] = set()
     for number, application in enumerate(applications, 1):
-        prefix = f"application {number}, " if len(applications) > 1 else ""
+        prefix = f"{application.name or f'application {number}'}, " if len(applications) > 1 else ""
         for name, engine in application.engines.items():
             if engine.dialect not in limited:
                 limited.add(engine.dialect)

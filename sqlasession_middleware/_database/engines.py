@@ -36,6 +36,7 @@ the process, so its pool is kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +49,7 @@ from sqlalchemy.pool import QueuePool
 from .._drivers.registry import SERVER_NAMES, server_of_url
 from .._drivers.sqlite import can_share_memory, is_memory, keeps_memory, share_memory
 from .._settings.checks import check_types, copy_options
-from .._settings.options import ENGINE_OPTIONS
+from .._settings.options import DRIVER_ARGUMENTS, ENGINE_OPTIONS
 from ..errors import ConfigurationError, nearest, shown
 from .forks import check_process, fork_safe_lock, has_unseen_forks, leave_to_parent
 from .liveness import PING_AFTER, has_to_ping_always, replace_lost_connections
@@ -72,6 +73,8 @@ _creating = fork_safe_lock()
 _accepted: dict[Any, Dialect] = {}
 _ACCEPTED_AT_MOST = 256
 _OF_ANOTHER_POOL = ("poolclass", "pool_size", "max_overflow", "pool_timeout", "pool_use_lifo")
+#: SQLAlchemy's message about options: the first of them, and the class of the pool.
+_REFUSED = re.compile(r"Invalid argument\(s\) '(?P<name>\w+)'.* using configuration \w+/(?P<pool>\w+)/")
 _PLAIN = (str, int, float, bool, type(None), type)
 
 
@@ -281,10 +284,18 @@ def _errors_explained(url: URL, options: Mapping[str, Any]) -> Iterator[None]:
         yield
     except Exception as error:
         text = without_secrets(str(error), url, options)
+        refused = _REFUSED.search(text) if isinstance(error, TypeError) else None
+        if refused and refused["name"] in ENGINE_OPTIONS:
+            problem = f"does not go with the pool, a {refused['pool']}: leave it out, or choose another 'poolclass'."
+            raise ConfigurationError("engine_options", problem, refused["name"]) from None
         guilty = _find_guilty_option(url, options, text)
         if guilty is not None:
             problem = f"is refused by create_engine() for {url.drivername}: {text}"
-            if isinstance(error, TypeError) and guilty not in ENGINE_OPTIONS:
+            if isinstance(error, TypeError) and guilty in DRIVER_ARGUMENTS:
+                problem = (
+                    f"is an argument of the driver: set it in 'connect_args', or as 'connect_args.{guilty}' in an ini."
+                )
+            elif isinstance(error, TypeError) and guilty not in ENGINE_OPTIONS:
                 problem = f"is not an option of create_engine() for {url.drivername}{nearest(guilty, ENGINE_OPTIONS)}"
             raise ConfigurationError("engine_options", problem, guilty) from None
         if isinstance(error, NoSuchModuleError) and "sqlalchemy.dialects" in text:

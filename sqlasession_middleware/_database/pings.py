@@ -67,12 +67,13 @@ class State(StrEnum):
 
 
 def ask_engines(
-    engines: Mapping[str, Engine], seconds: float, without_secrets: Callable[[str], str]
+    engines: Mapping[str, Engine], seconds: float, without_secrets: Callable[[str], str], of_name: str = ""
 ) -> dict[str, State]:
     """Ask all engines at the same time, and return what is known of each after ``seconds`` at the latest.
 
     :param engines: by their names in the log.
     :param without_secrets: removes passwords from a driver's message.
+    :param of_name: how the log goes on that names an engine.
     """
     deadline = time.monotonic() + seconds
     begun = {name: _pinger_of(engine).begin(engine, seconds) for name, engine in engines.items()}
@@ -80,7 +81,7 @@ def ask_engines(
     for name, ping in begun.items():
         state, why = ping.result(engines[name], deadline)
         states[name] = state
-        _pinger_of(engines[name]).note(name, state, without_secrets(why))
+        _pinger_of(engines[name]).note(f"{name!r}{of_name}", state, without_secrets(why))
     return states
 
 
@@ -180,16 +181,19 @@ class _Pinger:
         ping.start(engine)
         return ping
 
-    def note(self, name: str, state: State, why: str) -> None:
-        """Log a state, if it is another one than before."""
+    def note(self, told: str, state: State, why: str) -> None:
+        """Log a state, if it is another one than before.
+
+        :param told: how the log names the engine.
+        """
         with _lock:
             before, self._state = self._state, state
         if state is before:
             return
         if state is State.OK:
-            logger.warning("The health check finds the engine %r ok again", name)
+            logger.warning("The health check finds the engine %s ok again", told)
         else:
-            logger.warning("The health check finds the engine %r %s: %s", name, state, why)
+            logger.warning("The health check finds the engine %s %s: %s", told, state, why)
 
 
 _pingers: WeakKeyDictionary[Engine, _Pinger] = WeakKeyDictionary()

@@ -154,9 +154,6 @@ class FlaskMiddleware(SQLASessionMiddleware):
         entered = self._entered.get(current_object(app_ctx), ())
         return outer if any(mine is outer for _, mine in entered) else None
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self.flask!r} on {self._source!r}>"
-
 
 def _lending(app: WSGIApplication, find_lender: Callable[[Scope], Scope | None]) -> WSGIApplication:
     """Wrap an application so that its requests may have the session of a scope around them."""

@@ -18,7 +18,7 @@ from ..paste import collect
 from ..transaction import ATTEMPT, TransactionMiddleware
 from .joining import joining
 from .names import RETRY_ATTEMPT, RETRY_ATTEMPTS, is_marked, make_event
-from .settings import PREFIX, Options
+from .settings import NAME, PREFIX, Options
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -61,7 +61,7 @@ class PyramidPolicy:
                 app = self.transaction = wrap("transaction", TransactionMiddleware, app, options.transaction)
             self.middleware = SQLASessionMiddleware(app, arguments.pop("bind"), **arguments)
         except ConfigurationError as error:
-            names = {**ini_names(PREFIX, arguments), "transaction": "transaction."}
+            names = {**ini_names(PREFIX, arguments), "transaction": "transaction.", "name": NAME}
             raise error.renamed(names, "") from error.__cause__
         collect(self.middleware)
         registry[_POLICY] = self

@@ -25,6 +25,9 @@ PREFIX = "sqlalchemy."
 SESSION_PREFIX = "session."
 #: What the tests of an application that is made by Pyramid's cookiecutter pass to ``main()``.
 ENGINE_OF_TESTS = "dbengine"
+#: In an ini file it is ``name``, which may be one of the application's own settings here.
+NAME = "sqlasession_middleware.name"
+_OTHERS = OTHER_SETTINGS.keys() - {"name"}
 #: pyramid_retry's.
 ATTEMPTS = 3
 
@@ -58,9 +61,10 @@ class Options(NamedTuple):
     annotates_user: bool
 
 
-def read_options(settings: Mapping[str, Any]) -> Options:
+def read_options(settings: Mapping[str, Any], name: str | None = None) -> Options:
     """Read the settings of a Pyramid application.
 
+    :param name: what it is called if its settings do not say.
     :raises ConfigurationError: if a setting of this library is missing or wrong, or two of them contradict each other.
     """
     _refuse_misspelt(settings)
@@ -70,6 +74,7 @@ def read_options(settings: Mapping[str, Any]) -> Options:
         own = {key: value for key, value in own.items() if not key.startswith(PREFIX)}
         own[f"{PREFIX}url"] = engine
     arguments = read_settings(own, PREFIX, may_be_objects=True)
+    arguments["name"] = settings.get(NAME, name)
     transaction = arguments.pop("transaction", {})
     veto = None
     if transaction is not False:
@@ -88,7 +93,7 @@ def read_options(settings: Mapping[str, Any]) -> Options:
 
 
 def _is_own(key: str) -> bool:
-    if key.startswith((PREFIX, *(f"{name}." for name in STACKED))) or key in STACKED or key in OTHER_SETTINGS:
+    if key.startswith((PREFIX, *(f"{name}." for name in STACKED))) or key in STACKED or key in _OTHERS:
         return True
     return key.startswith(SESSION_PREFIX) and key.removeprefix(SESSION_PREFIX) in SESSION_OPTIONS
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._scope.scope import ENDED, Scope
 from .._settings.checks import check_count, check_seconds
+from ..errors import of_application
 from .record import RECORD, Record
 from .stacks import application_frames, format_stack
 
@@ -142,9 +143,10 @@ def _log(record: Record, owner: Any) -> None:
     )
     worst = sorted(record.statements, key=lambda each: each.total, reverse=True)[:WORST]
     logger.warning(
-        "Slow: %s %r: %s after %.3f s; %d queries took %.3f s, fetching their rows %.3f s, waits for a connection"
+        "Slow: %s %r%s: %s after %.3f s; %d queries took %.3f s, fetching their rows %.3f s, waits for a connection"
         " %.3f s, commits %.3f s; connections were held for %.3f s; attempt %d, %s%s",
-        *(told.method, told.path, told.status or "no response", told.seconds, told.queries, told.query_seconds),
+        *(told.method, told.path, of_application(owner), told.status or "no response"),
+        *(told.seconds, told.queries, told.query_seconds),
         *(told.fetch_seconds, told.wait_seconds, told.commit_seconds, told.hold_seconds, told.attempt, told.outcome),
         owner.without_secrets("".join(map(_shown, worst))),
         extra={"application": owner, "slow": told},

@@ -15,6 +15,7 @@ from sqlalchemy.util import ScopedRegistry
 
 from .._database import forks
 from .._database.forks import check_process, fork_safe_lock, has_unseen_forks, leave_session_to_parent
+from .._scope.elsewhere import is_in_flask_context, request_without_scope
 from .._scope.scope import ENDED, NOTHING, WAITING, Scope, begin, current
 from ..errors import ScopeError, shown
 from .classes import session_class_for
@@ -161,6 +162,17 @@ def current_scope() -> Scope:
     values = current.get(None)
     if not isinstance(values, Scope):
         if not values or "application" not in values:
+            request = request_without_scope()
+            if request is not None:
+                raise ScopeError(
+                    f"No SQLASessionMiddleware is around the code that uses 'session' in the request {request}:"
+                    " wrap what uses it. In a pipeline, the middleware comes before it: 'pipeline = db shop'."
+                )
+            if is_in_flask_context():
+                raise ScopeError(
+                    "Flask's application context is no scope of 'session':"
+                    " use 'with database.context():' of the SQLASessionMiddleware."
+                )
             raise ScopeError(
                 "No application is bound here, so 'session' has no scope:"
                 " run inside a request, or in 'with app.context():'."

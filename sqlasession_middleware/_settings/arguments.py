@@ -4,22 +4,50 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from sqlalchemy import MetaData
 from sqlalchemy.orm import Session
 
 from ..errors import ConfigurationError, nearest, shown
 from .checks import check_types, copy_options
-from .options import SESSION_OPTIONS
+from .options import ENGINE_OPTIONS, GROUPS, SESSION_OPTIONS, STACKED
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
-__all__ = ["make_with_options", "read_metadata", "read_session_options", "read_streams", "wrap"]
+__all__ = ["explain_unknown", "make_with_options", "read_metadata", "read_session_options", "read_streams", "wrap"]
 
 Made = TypeVar("Made")
+Parameters = ParamSpec("Parameters")
+
+#: The options of each parameter that is a dict of options.
+_PLACES = {"engine_options": ENGINE_OPTIONS, "session_options": SESSION_OPTIONS, **STACKED, **GROUPS}
+
+
+def explain_unknown(constructor: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Have a constructor of the middleware say where an option belongs that is not its own.
+
+    Python's own TypeError would only say that it is unexpected.
+    """
+    known = inspect.signature(constructor).parameters
+
+    @wraps(constructor)
+    def construct(*arguments: Parameters.args, **options: Parameters.kwargs) -> None:
+        for name in options:
+            if name not in known:
+                raise ConfigurationError(name, _place_of(name, known))
+        constructor(*arguments, **options)
+
+    return construct
+
+
+def _place_of(name: str, known: Collection[str]) -> str:
+    for parameter, options in _PLACES.items():
+        if name in options:
+            return f"is one of {parameter!r}: pass {parameter}={{{name!r}: …}}."
+    return f"is not an option of SQLASessionMiddleware{nearest(name, known)}"
 
 
 def read_metadata(metadata: Any) -> tuple[MetaData, ...]:

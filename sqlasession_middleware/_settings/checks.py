@@ -14,6 +14,7 @@ __all__ = [
     "check_bytes",
     "check_count",
     "check_deadline",
+    "check_name_or_none",
     "check_path",
     "check_path_or_none",
     "check_seconds",
@@ -51,6 +52,12 @@ def check_count(parameter: str, number: Any) -> None:
     """:raises ConfigurationError: if ``number`` is not a whole number from 1."""
     if type(number) is not int or number < 1:
         raise ConfigurationError(parameter, f"must be a whole number from 1, got {shown(number)}.")
+
+
+def check_name_or_none(parameter: str, name: Any) -> None:
+    """:raises ConfigurationError: if ``name`` is neither None nor a text that a log can show."""
+    if name is not None and not (isinstance(name, str) and name.strip() and name.isprintable() and "://" not in name):
+        raise ConfigurationError(parameter, f"must be a printable text, or none, got {shown(name)}.")
 
 
 def check_path_or_none(parameter: str, path: Any) -> None:

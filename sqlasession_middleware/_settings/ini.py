@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,6 +56,9 @@ class _Entry(NamedTuple):
     name: str
     value: Any
 
+
+#: What others call the URL: Flask-SQLAlchemy, hosting services, TurboGears.
+_OTHERS_NAMES = dict.fromkeys(("sqlalchemy_database_uri", "database_url", "dburi", "uri"), "url")
 
 _Reader = Callable[[_Section, _Entry], None]
 
@@ -167,8 +171,7 @@ def read_settings(config: Mapping[str, Any], prefix: str, *, may_be_objects: boo
             raise ConfigurationError(setting, f"must be a string, as in an ini file, got {type(value).__name__}.")
         read, name = _find_reader(key, readers)
         if read is None:
-            known = _known_keys(prefix, readers)
-            raise ConfigurationError(setting, f"is not a setting of this middleware{nearest(key, known)}")
+            raise ConfigurationError(setting, f"is not a setting of this middleware{_meant(key, prefix, readers)}")
         read(section, _Entry(setting, name, value))
     section.arguments.update(dict.fromkeys(section.switched_off, False))
     _check_url(section)
@@ -196,13 +199,37 @@ def _known_keys(prefix: str, readers: Mapping[str, _Reader]) -> list[str]:
     return [*(key for key in readers if not key.endswith("*")), *(prefix + name for name in ENGINE_OPTIONS)]
 
 
+def _meant(key: str, prefix: str, readers: Mapping[str, _Reader]) -> str:
+    """The end of a message about an unknown key: the known one that is meant."""
+    known = _known_keys(prefix, readers)
+    name = _OTHERS_NAMES.get(key.lower(), key)
+    # Most often, the prefix of a key is missing.
+    without_prefix = [each for each in known if each.partition(".")[2] == name]
+    return f"; did you mean {without_prefix[0]!r}?" if without_prefix else nearest(key, known)
+
+
 def _check_url(section: _Section) -> None:
     if "bind" not in section.arguments:
-        meant = nearest("url", section.arguments["engine_options"])
+        _refuse_misspelt(section, ("url", "engine"), 0.6)
         raise ConfigurationError(
             f"{section.prefix + 'url'!r}{section.place}",
-            f"is missing: set it to a database URL, 'sqlite:///%(here)s/shop.db'{meant}",
+            "is missing: set it to a database URL, 'sqlite:///%(here)s/shop.db'.",
         )
+    _refuse_misspelt(section, ("replicas", "binds"), 0.8)
+
+
+def _refuse_misspelt(section: _Section, known: Sequence[str], cutoff: float) -> None:
+    """Refuse an option of the engine that is none, but nearly another key: create_engine() would not say which.
+
+    :param known: the keys, without the prefix.
+    :param cutoff: how near is near, as for :func:`difflib.get_close_matches`.
+    """
+    for name in section.arguments["engine_options"]:
+        first, dot, rest = name.partition(".")
+        first = _OTHERS_NAMES.get(name.lower(), first.lower())
+        if name not in ENGINE_OPTIONS and (meant := get_close_matches(first, known, 1, cutoff)):
+            problem = f"is not a setting of this middleware; did you mean {section.prefix + meant[0] + dot + rest!r}?"
+            raise ConfigurationError(f"{section.prefix + name!r}{section.place}", problem)
 
 
 def _apply_replica_options(section: _Section) -> None:

@@ -34,6 +34,7 @@ from .kinds import (
 __all__ = [
     "BACKGROUND_OPTIONS",
     "COMMENT_OPTIONS",
+    "DRIVER_ARGUMENTS",
     "ENGINE_OPTIONS",
     "GROUPS",
     "HEALTH_OPTIONS",
@@ -83,6 +84,42 @@ ENGINE_OPTIONS: Mapping[str, Kind] = {
     "use_insertmanyvalues": BOOLEAN,
 }
 
+#: Arguments of drivers that are taken for options of the engine.
+DRIVER_ARGUMENTS = frozenset(
+    (
+        "application_name",
+        "autocommit",
+        "cached_statements",
+        "charset",
+        "check_same_thread",
+        "client_flag",
+        "connect_timeout",
+        "detect_types",
+        "init_command",
+        "keepalives",
+        "keepalives_count",
+        "keepalives_idle",
+        "keepalives_interval",
+        "local_infile",
+        "options",
+        "prepare_threshold",
+        "read_timeout",
+        "ssl",
+        "ssl_ca",
+        "ssl_cert",
+        "ssl_key",
+        "sslcert",
+        "sslkey",
+        "sslmode",
+        "sslrootcert",
+        "tcp_user_timeout",
+        "timeout",
+        "unix_socket",
+        "uri",
+        "write_timeout",
+    )
+)
+
 #: The parameters of :class:`sqlalchemy.orm.Session` that an application may set, and ``class_``, the class itself.
 SESSION_OPTIONS: Mapping[str, Kind] = {
     "autobegin": BOOLEAN,
@@ -103,6 +140,7 @@ OTHER_SETTINGS: Mapping[str, Kind] = {
     "deadline": DEADLINE,
     "lazy_begin": BOOLEAN,
     "metadata": DOTTED_NAMES,
+    "name": TEXT,
     "ping_after": SECONDS_OR_NONE,
     "read_your_writes": SECONDS,
     "replica_retry": SECONDS,

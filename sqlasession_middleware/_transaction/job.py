@@ -13,7 +13,7 @@ from .._database.recovery import pending_failure
 from .._scope.scope import Scope
 from .._sessions.calls import refuse_unfinished
 from .._sessions.routed_scope import note_unknown_commit
-from ..errors import named
+from ..errors import named, of_application
 from ..failures import Failure
 from .attempt import Again
 from .request_transaction import RequestTransaction
@@ -51,8 +51,8 @@ def run_job(policy: Policy, scope: Scope, call: Callable[[], Result], attempts: 
         except Again as again:
             wait = policy.backoff(number)
             logger.warning(
-                "Attempt %d of %d of %s failed and will be repeated in %.3f s: %r",
-                *(number, attempts, named(call), wait, again.cause),
+                "Attempt %d of %d of %s%s failed and will be repeated in %.3f s: %r",
+                *(number, attempts, named(call), of_application(scope.owner), wait, again.cause),
                 exc_info=again.cause,
             )
         scope.clear()

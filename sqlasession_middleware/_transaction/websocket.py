@@ -11,6 +11,7 @@ from .._sessions.release import uncommitted
 from .._wsgi.bodies import HeldBody, close_quietly, first_chunk, iterate
 from .._wsgi.held_head import HeldHead
 from .._wsgi.websocket import is_websocket, watch_sockets
+from ..errors import of_application
 from .attempt import Attempt, Policy
 
 if TYPE_CHECKING:
@@ -97,8 +98,9 @@ class _Handshake:
         left = "" if session is None else uncommitted(session)
         if left:
             logger.warning(
-                "The websocket at %r has ended, and its session is rolled back with %s: no transaction of the"
+                "The websocket at %r%s has ended, and its session is rolled back with %s: no transaction of the"
                 " middleware applies to a websocket. Commit in its handler, in 'with app.context():' for each message.",
                 environ.get("PATH_INFO"),
+                of_application(self.scope.owner),
                 left,
             )

@@ -11,15 +11,17 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
-from urllib.error import URLError
+from typing import Any
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import gunicorn
 import pytest
+import requests
 
 from ..ports import free_port
 from .servers import PATIENCE, ROOT, end_group
@@ -103,8 +105,13 @@ class Served:
             )
         deadline = time.monotonic() + PATIENCE
         while self.process.poll() is None and time.monotonic() < deadline:
-            with suppress(URLError, ConnectionError):
+            try:
                 self.ask()
+            except HTTPError:
+                return
+            except (URLError, ConnectionError):
+                pass
+            else:
                 return
             time.sleep(0.02)
         raise RuntimeError(f"{shlex.quote(self.command)} does not answer")
@@ -180,6 +187,65 @@ def test_messages_are_stored_when_they_come_by_websocket(command: str, tmp_path:
             assert server.run(CLIENT).splitlines() == said
         assert server.ask().splitlines() == ["Hello", "How are you?"] * 2
     assert not re.search("Traceback|ERROR|WARNING sql", server.log.read_text(errors="replace"))
+
+
+GUNICORN = "gunicorn --bind 127.0.0.1:8000 --threads 4 app:app"
+
+
+def exchange(server: Served, method: str, path: str, **sent: Any) -> tuple[int, Any]:
+    """Send a request, and return the status and the JSON of the answer."""
+    answer = requests.request(method, f"http://127.0.0.1:{server.port}{path}", timeout=PATIENCE, **sent)
+    return answer.status_code, answer.json()
+
+
+def test_documents_are_uploaded_counted_and_listed_by_the_json_api(tmp_path: Path) -> None:
+    with served("json_api/app.py", [GUNICORN], tmp_path) as server:
+        files = {"file": ("tea.txt", b"tea and milk")}
+        first = {"id": 1, "name": "tea.txt", "words": None}
+        assert exchange(server, "POST", "/documents", files=files) == (202, first)
+        deadline = time.monotonic() + PATIENCE
+        while exchange(server, "GET", "/documents/1") == (200, first) and time.monotonic() < deadline:
+            time.sleep(0.02)  # The job is done in its own time.
+        assert exchange(server, "GET", "/documents/1") == (200, {**first, "words": 3})
+        taken = exchange(server, "POST", "/documents", files=files)
+        assert taken == (409, {"error": "There is a document of that name."})
+        long = exchange(server, "POST", "/documents", files={"file": ("long.txt", b"x" * 60_000)})
+        assert long[0] == 413
+        assert "capacity limit" in long[1]["error"]
+        assert exchange(server, "POST", "/documents")[0] == 400
+        for path in ("/documents/2", "/documents/99999999999999999999", "/documents?page=2", "/documents?page=x", "/"):
+            status, answer = exchange(server, "GET", path)
+            assert (status, list(answer)) == (404, ["error"])
+        assert exchange(server, "GET", "/documents") == (200, {"documents": [{**first, "words": 3}], "next_page": None})
+    assert not re.search("Traceback|Error", server.log.read_text(errors="replace"))
+
+
+def test_both_databases_are_written_or_neither(tmp_path: Path) -> None:
+    with served("two_databases/app.py", [GUNICORN], tmp_path) as server:
+        for sent, status in (
+            ({"product": "tea", "pieces": 2}, 200),
+            ({"product": "tea", "pieces": 9}, 409),
+            ({"product": "milk", "pieces": 1}, 409),
+            ({"product": "tea"}, 400),
+        ):
+            answer = requests.post(f"http://127.0.0.1:{server.port}/sales", json=sent, timeout=PATIENCE)
+            assert answer.status_code == status
+        assert exchange(server, "GET", "/sales") == (200, {"stock": {"tea": 8}, "sold": {"tea": 2}})
+        assert (server.folder / "audit.db").exists()
+    assert not re.search("Traceback|Error", server.log.read_text(errors="replace"))
+
+
+def test_pipeline_finds_accounts_before_the_application_is_called(tmp_path: Path) -> None:
+    commands = ["sqlasession create site.ini", "gunicorn --bind 127.0.0.1:8000 --threads 4 --paste site.ini"]
+    with served("pipeline/site.ini", commands, tmp_path) as server, requests.Session() as browser:
+        url, ada = f"http://127.0.0.1:{server.port}/", ("ada", "secret")
+        assert browser.get(url, timeout=PATIENCE).status_code == 401
+        assert browser.get(url, auth=ada, timeout=PATIENCE).text == "ada, visit 1\n"
+        assert browser.post(url, {"text": "Hello"}, auth=ada, timeout=PATIENCE).text == "ada, visit 2\nHello\n"
+        assert browser.get(url, auth=("ada", "guessed"), timeout=PATIENCE).status_code == 401
+        assert browser.post(url, {"text": ""}, auth=("bea", "x"), timeout=PATIENCE).status_code == 400
+        assert browser.get(url, auth=ada, timeout=PATIENCE).text == "ada, visit 3\nHello\n"
+    assert not re.search("Traceback|Error", server.log.read_text(errors="replace"))
 
 
 @pytest.mark.parametrize("example", DEPLOYED)
