@@ -1011,7 +1011,11 @@ def show_requests_without_a_token() -> Result:
 
 @provokes("error: … does not answer as an inspector does: …")
 def show_requests_of_something_else() -> Result:
-    with make_server("127.0.0.1", 0, lambda environ, start: start("200 OK", []) or [b"?"]) as server:
+    def something(environ: Environ, start_response: StartResponse) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"something"]
+
+    with make_server("127.0.0.1", 0, something) as server:
         thread = threading.Thread(target=server.handle_request)
         thread.start()
         done = command("requests", f"http://127.0.0.1:{server.server_port}/?token=1")

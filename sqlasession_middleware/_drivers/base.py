@@ -315,11 +315,11 @@ class Driver:
         return 1
 
     def waits_of(self, cursor: Any, statement: object, many: int | None) -> int:
-        """How often it waits for an answer when it executes a statement.
+        """How often it waits for a server's answer when it executes a statement.
 
         :param many: how many sets of parameters ``executemany()`` has got; None for ``execute()``.
         """
-        return (1 if many is None else many) if self.server.is_networked else 0
+        return 1 if many is None else many
 
     def has_autocommit(self, connection: Connection) -> bool:
         """Whether the driver itself was told to commit each statement, without SQLAlchemy's knowledge."""

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from .._database.forks import fork_safe_lock
 from .present import present_records
+from .record import EAGER
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import ORMExecuteState
@@ -38,9 +39,11 @@ def record_objects() -> None:
 def _note_relationship(state: ORMExecuteState) -> None:
     if not (state.is_select and state.is_orm_statement):
         return
-    if state.lazy_loaded_from is None and not state.is_column_load:
+    is_lazy = state.lazy_loaded_from is not None or state.is_column_load
+    if not (is_lazy or state.is_relationship_load) or not present_records()[0]:
         return
-    if not present_records()[0]:
+    if not is_lazy:  # selectinload() and subqueryload() ask for many objects, and again for further ones.
+        state.update_execution_options(**{RELATIONSHIP: EAGER})
         return
     path: Any = state.loader_strategy_path
     last = path.path[-1] if path is not None and path.path else None

@@ -25,7 +25,7 @@ def present_records() -> tuple[tuple[Record, ...], int]:
                 if transaction is not None and (not record.transactions or record.transactions[-1] is not transaction):
                     record.transactions.append(transaction)
                 attempt = record.last_attempt = environ.get("sqlasession.attempt", 1)
-                return (record, *_blocks), attempt
+                return (record, *_blocks) if _blocks else (record,), attempt
             if _blocks:
                 return _blocks, environ.get("sqlasession.attempt", 1)
         scope = scope.token.old_value if hasattr(scope, "token") else None

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from .._scope.protocols import ManagedTransaction
     from .stacks import Stack
 
-__all__ = ["FLUSH", "RECORD", "End", "Hold", "Outcome", "Record", "Statement", "Wait"]
+__all__ = ["EAGER", "FLUSH", "RECORD", "End", "Hold", "Outcome", "Record", "Statement", "Wait"]
 
 #: The environ key that leads to the record of a request.
 RECORD: Final = "sqlasession.record"
 
 #: What :attr:`Statement.relationship` is where a flush loads what the database has set.
 FLUSH: Final = "(flush)"
+
+#: The same where the ORM loads a relationship of many objects at once. It does so in batches.
+EAGER: Final = "(eager)"
 
 _READ: Final = re.compile(r"\s*\(*\s*(SELECT|WITH)\b", re.IGNORECASE)
 _LITERALS: Final = re.compile(r"'(?:[^']|'')*'|\b\d+(?:\.\d+)?\b")
@@ -75,7 +78,8 @@ class Statement:
     #: the connection that it was sent on, while it was out of its pool
     hold: Hold | None
     #: "Author.books", if the ORM has sent it to load that of one object; "Author", if it was to load attributes of one
-    #: that are deferred or expired; :data:`FLUSH`, if a flush has sent it for one of its rows
+    #: that are deferred or expired; :data:`FLUSH`, if a flush has sent it for one of its rows; :data:`EAGER`, if it was
+    #: to load a relationship of many objects
     relationship: str | None
     stack: Stack
 

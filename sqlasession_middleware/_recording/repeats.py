@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from typing import Final, NamedTuple
 
-from .record import Statement
+from .record import EAGER, Statement
 from .stacks import application_frames, format_stack
 
 __all__ = ["Repeat", "find_repeats"]
 
 #: How often a statement has to come from the same place.
 LEAST: Final = 3
+
+#: How many characters of a statement are shown.
+SHOWN: Final = 1000
 
 
 class Repeat(NamedTuple):
@@ -35,11 +38,13 @@ class Repeat(NamedTuple):
     def __str__(self) -> str:
         first = self.statement
         called = format_stack(application_frames(first.stack)[:5])
-        return f"{len(self.statements)} times: {' '.join(first.sql.split())}\n{called}    {self.remedy}"
+        return f"{len(self.statements)} times: {' '.join(first.fingerprint.split())[:SHOWN]}\n{called}    {self.remedy}"
 
 
 def find_repeats(statements: Iterable[Statement], allow: Iterable[str] = (), least: int = LEAST) -> list[Repeat]:
     """Group the SELECTs that come from the same place, on the same connection and in the same attempt.
+
+    Those by which the ORM loads a relationship of many objects are left out: it asks for 500 of them at once.
 
     A unit of a stream has a connection for itself, so what each unit of it does once is no repetition.
 
@@ -48,7 +53,11 @@ def find_repeats(statements: Iterable[Statement], allow: Iterable[str] = (), lea
     """
     groups: dict[Hashable, list[Statement]] = {}
     for each in statements:
-        if each.is_read and not any(name in (each.relationship, "") or name in each.sql for name in allow):
+        if (
+            each.is_read
+            and each.relationship != EAGER
+            and not any(name in (each.relationship, "") or name in each.sql for name in allow)
+        ):
             place = application_frames(each.stack)
             groups.setdefault((each.fingerprint, place, each.engine, each.attempt, each.hold), []).append(each)
     return [Repeat(group) for group in groups.values() if len(group) >= least]

@@ -37,6 +37,7 @@ class StatementListeners:
     def __init__(self, engine: Engine, name: str) -> None:
         self._engine = name
         self._driver = driver_of(engine)
+        self._is_networked = self._driver.server.is_networked
 
     def begin_statement(
         self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, is_many: bool
@@ -59,14 +60,15 @@ class StatementListeners:
         statement.hold = None if noted is None else noted[0]
         statement.relationship = FLUSH if is_flushing.get() else context.execution_options.get(RELATIONSHIP)
         statement.stack = take_statement_stack()
-        driver = self._driver
-        is_sent_each = is_many and context.execute_style is ExecuteStyle.EXECUTEMANY
-        trips = driver.waits_of(cursor, sql, len(parameters) if is_sent_each else None)
-        if trips and driver.waits_to_begin(proxy.dbapi_connection):
-            trips += 1
         for record in records:
             record.add(statement)
-            record.trips += trips
+        if self._is_networked:
+            driver = self._driver
+            is_sent_each = is_many and context.execute_style is ExecuteStyle.EXECUTEMANY
+            trips = driver.waits_of(cursor, sql, len(parameters) if is_sent_each else None)
+            trips += driver.waits_to_begin(proxy.dbapi_connection)
+            for record in records:
+                record.trips += trips
         setattr(context, _NOTED, (statement, records))
         statement.end = 0.0
         statement.begin = perf_counter()
