@@ -220,13 +220,14 @@ class TransactionMiddleware:
             except Again as again:
                 scope.lost_each_time = lost_each_time = lost_each_time and again.failure is Failure.LOST
                 wait = self.backoff(number)
+                # Not an argument: those are documented.
+                of_name = of_application(scope.owner).replace("%", "%%")
                 logger.warning(
-                    "Attempt %d of %d at %s %r%s failed and will be repeated in %.3f s: %r",
+                    f"Attempt %d of %d at %s %r{of_name} failed and will be repeated in %.3f s: %r",
                     number,
                     self.attempts,
                     environ.get("REQUEST_METHOD"),
                     environ.get("PATH_INFO"),
-                    of_application(scope.owner),
                     wait,
                     again.cause,
                     exc_info=again.cause,

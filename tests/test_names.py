@@ -207,13 +207,13 @@ def test_log_names_the_application_of_a_repeated_request(make: Any, caplog: pyte
             error.orig.sqlite_errorcode = sqlite3.SQLITE_BUSY
             raise error
 
-    made = make(app, name="red", transaction={"attempts": 2, "backoff_base": 0})
+    made = make(app, name="100 %d", transaction={"attempts": 2, "backoff_base": 0})
     with caplog.at_level(logging.WARNING):
         Client(made).get("/cart", buffered=True)
         made.run(work)
     repeated, again = caplog.messages
-    assert repeated.startswith("Attempt 1 of 2 at GET '/cart' of 'red' failed and will be repeated in ")
-    assert ".work of 'red' failed and will be repeated in " in again
+    assert repeated.startswith("Attempt 1 of 2 at GET '/cart' of '100 %d' failed and will be repeated in ")
+    assert ".work of '100 %d' failed and will be repeated in " in again
 
 
 def test_log_names_the_application_whose_database_is_away(caplog: pytest.LogCaptureFixture) -> None:

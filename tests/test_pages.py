@@ -24,6 +24,7 @@ from sqlalchemy import (
     TypeDecorator,
     Uuid,
     func,
+    literal_column,
     select,
     text,
 )
@@ -262,6 +263,7 @@ ORDERS: dict[str, tuple[Any, ...]] = {
     "a UUID": (Cup.token,),
     "a type of its own": (Cup.even,),
     "an expression": (func.lower(Cup.name), Cup.id),
+    "an expression without a type": (literal_column("paged_cup.id").label("place"),),
 }
 
 

@@ -62,9 +62,12 @@ def check_value(value: Any, declared: TypeEngine[Any], dialect: Dialect) -> Any:
     :raises ValueError: if no row can have it.
     :raises TypeError: if it is of another type than the column.
     """
-    if isinstance(declared, TypeDecorator):
-        return value  # Only the application knows its type.
-    kind = declared.python_type
+    try:
+        kind = None if isinstance(declared, TypeDecorator) else declared.python_type
+    except NotImplementedError:
+        kind = None
+    if kind is None:
+        return value  # Only the application, or the database, knows its type.
     if isinstance(value, bool) and kind is not bool:
         raise TypeError  # To Python it is an int.
     value = read_value(value, declared, dialect)

@@ -6,6 +6,7 @@ Nothing but the stack tells. It is looked at when there is an error to explain.
 from __future__ import annotations
 
 import sys
+from inspect import currentframe
 
 __all__ = ["is_in_flask_context", "request_without_scope"]
 
@@ -21,7 +22,7 @@ def is_in_flask_context() -> bool:
 
 def request_without_scope() -> str | None:
     """Return the request that the calling code runs in, such as ``"GET '/shop'"``; None if no server has called it."""
-    frame = sys._getframe(1).f_back
+    frame = currentframe()
     while frame is not None:
         for value in list(frame.f_locals.values()):
             # Exactly a dict, as PEP 3333 requires: other mappings may do anything.

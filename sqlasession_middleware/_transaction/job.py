@@ -50,9 +50,10 @@ def run_job(policy: Policy, scope: Scope, call: Callable[[], Result], attempts: 
             return _attempt(policy, scope, call, may_repeat=True)
         except Again as again:
             wait = policy.backoff(number)
+            of_name = of_application(scope.owner).replace("%", "%%")
             logger.warning(
-                "Attempt %d of %d of %s%s failed and will be repeated in %.3f s: %r",
-                *(number, attempts, named(call), of_application(scope.owner), wait, again.cause),
+                f"Attempt %d of %d of %s{of_name} failed and will be repeated in %.3f s: %r",
+                *(number, attempts, named(call), wait, again.cause),
                 exc_info=again.cause,
             )
         scope.clear()
