@@ -238,8 +238,8 @@ class _Batch(PsycopgPipeline):
     def _communicate_gen(self) -> Any:
         """What psycopg does when a cursor has added a statement, and in the end."""
         commands = self.command_queue
-        if len(self.result_queue) > _SENT_AT_ONCE:
-            return super()._communicate_gen()
+        if len(self.result_queue) > _SENT_AT_ONCE and not self._is_complete:
+            return super()._communicate_gen()  # It raises the first error, and leaves what follows to be read.
         while commands:
             commands.popleft()()
         return send(self.pgconn) if self._is_complete else ()
