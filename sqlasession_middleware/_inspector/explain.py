@@ -77,7 +77,7 @@ def explain(original: Original, engines: Engines, analyze: bool) -> Plan:
         return Plan([], [], "This engine has one connection only, which the application uses.")
     except Exception as error:
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
-        return Plan([], [], engines.clean(without_values(text, original.secrets), original.engine))
+        return Plan([], [], engines.without_secrets(without_values(text, original.secrets)))
     return _masked(plan, original, engines)
 
 
@@ -106,7 +106,7 @@ def _masked(plan: Plan, original: Original, engines: Engines) -> Plan:
     def clean(text: str) -> str:
         if original.secrets:
             text = without_values(_QUOTED.sub(f"'{MASK}'", text), original.secrets)
-        return engines.clean(text, original.engine)
+        return engines.without_secrets(text)
 
     return Plan(plan.columns, [[clean(cell) for cell in row] for row in plan.rows], plan.problem)
 

@@ -13,7 +13,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import parse_qsl
 
-from .._database.secrets import without_secrets
 from .._recording.masking import mask_parameters, mask_source, mask_sql, shown_error
 from .._recording.repeats import find_repeats
 from .._recording.stacks import application_frames, format_stack
@@ -78,11 +77,9 @@ class Engines(NamedTuple):
         found = self.find(name)
         return not found or any(engine.hide_parameters for engine in found)
 
-    def clean(self, text: str, name: str) -> str:
-        """A text without the passwords of all engines that are known."""
-        for engine in self.find(name):
-            text = without_secrets(text, engine.url, {})
-        return self.without_secrets(text)
+    def once(self) -> Engines:
+        """The same, which looks at each name and text once: a request repeats most of them."""
+        return Engines(lru_cache(None)(self.find), lru_cache(None)(self.without_secrets))
 
 
 def keep(record: Record, number: str, engines: Engines, told: Mapping[str, Any]) -> Kept:
@@ -91,7 +88,7 @@ def keep(record: Record, number: str, engines: Engines, told: Mapping[str, Any])
     :param number: the ID of the request.
     :param told: further data.
     """
-    begin = record.begin
+    begin, engines = record.begin, engines.once()
     statements = [each for each in list(record.statements) if hasattr(each, "begin")]  # One may begin just now.
     shown, originals = [], {}
     for index, statement in enumerate(statements):
@@ -156,7 +153,7 @@ def keep(record: Record, number: str, engines: Engines, told: Mapping[str, Any])
                 "attempt": each.attempt,
                 "begin": each.begin - begin,
                 "end": each.end - begin,
-                "error": None if each.error is None else engines.clean(_named(each.error), each.engine),
+                "error": None if each.error is None else engines.without_secrets(_named(each.error)),
                 "is_outcome_unknown": each.is_outcome_unknown,
             }
             for each in list(record.ends)
@@ -188,7 +185,7 @@ def _keep_statement(statement: Statement, begin: float, engines: Engines) -> tup
     masked = mask_parameters(statement, engines.hides(name))
     hold = statement.hold
     error = statement.error
-    sql = engines.clean(mask_sql(statement)[:_SQL_SHOWN], name)
+    sql = engines.without_secrets(mask_sql(statement)[:_SQL_SHOWN])
     original, reason = _original(statement, masked.secrets)
     data = {
         "engine": name,
@@ -199,14 +196,14 @@ def _keep_statement(statement: Statement, begin: float, engines: Engines) -> tup
         "fetched": statement.fetched,
         "is_running": not statement.end,
         "sql": sql,
-        "fingerprint": engines.clean(statement.fingerprint[:_SQL_SHOWN], name) if sql == statement.sql else sql,
+        "fingerprint": engines.without_secrets(statement.fingerprint[:_SQL_SHOWN]) if sql == statement.sql else sql,
         "is_read": statement.is_read,
         "rows": statement.rows,
         "relationship": statement.relationship,
         "sets": masked.total if statement.is_many else 1,
-        "parameters": [[(key, engines.clean(value, name)) for key, value in row] for row in masked.sets],
+        "parameters": [[(key, engines.without_secrets(value)) for key, value in row] for row in masked.sets],
         "has_secrets": masked.has_secrets,
-        "error": None if error is None else engines.clean(shown_error(error, masked), name),
+        "error": None if error is None else engines.without_secrets(shown_error(error, masked)),
         "stack": _stack(statement.stack),
         "explain": reason,
     }

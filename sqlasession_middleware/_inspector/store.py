@@ -29,14 +29,15 @@ logger = logging.getLogger("sqlasession_middleware.inspector")
 
 #: How many seconds a process waits for the others.
 _PATIENCE: Final = 2.0
+# What is long comes last, so that the pages that it is on are not read for the rest.
 _TABLE: Final = """
     CREATE TABLE IF NOT EXISTS requests (
         number INTEGER PRIMARY KEY AUTOINCREMENT,
         id TEXT NOT NULL UNIQUE,
+        size INTEGER NOT NULL,
         summary TEXT NOT NULL,
         data TEXT NOT NULL,
-        originals TEXT NOT NULL,
-        size INTEGER NOT NULL
+        originals TEXT NOT NULL
     )
 """
 #: Those that are too many, and those that are before the last ones that take as much memory as is admitted.
@@ -143,7 +144,7 @@ class Store:
         self._folder.mkdir(0o700, parents=True, exist_ok=True)  # Somebody may have deleted it.
         # SQLite makes its other files with the mode of this one.
         os.close(os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600))
-        with closing(sqlite3.connect(self._file, _PATIENCE, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(self._file, timeout=_PATIENCE, isolation_level=None)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = OFF")
             connection.execute(_TABLE)
