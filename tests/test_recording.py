@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import re
 import threading
@@ -21,9 +22,10 @@ from sqlasession_middleware import SQLASessionMiddleware, doom, session
 from sqlasession_middleware._database.breaker import breaker_state
 from sqlasession_middleware._recording import record as records
 from sqlasession_middleware._recording.record import RECORD, Record
-from sqlasession_middleware._recording.stacks import application_frames
+from sqlasession_middleware._recording.stacks import application_frames, take_statement_stack
 from sqlasession_middleware.errors import ConfigurationError
 
+from .conftest import DATABASES_SEEN
 from .ports import free_port
 from .wsgi import Environ, StartResponse, consume, environ
 
@@ -385,6 +387,43 @@ def test_rows_of_a_server_side_cursor_are_timed(make: Any, server_url: str, size
     assert record.statements[-1].fetched > 0
     app.drop_database()
     app.dispose()
+
+
+def test_failure_and_early_end_of_a_server_side_cursor_are_noted() -> None:
+    app = SQLASessionMiddleware(answer, DATABASES_SEEN.url("postgresql", ""), server_timing=True)
+    options = {"yield_per": 2}
+
+    def work() -> None:
+        rows = session.execute(text("SELECT 1 / (7 - i) FROM generate_series(1, 9) AS i"), execution_options=options)
+        with pytest.raises(DBAPIError):
+            rows.all()
+        session.rollback()
+        few = session.execute(text("SELECT i FROM generate_series(1, 9) AS i"), execution_options=options)
+        assert next(few) == (1,)
+        few.close()
+
+    record, _ = ask(app, work)
+    assert [each.error is not None for each in record.statements] == [True, False]
+    app.dispose()
+
+
+def test_pings_are_trips(server_url: str) -> None:
+    counts = []
+    for ping in (False, True):
+        app = SQLASessionMiddleware(answer, server_url, engine_options={"pool_pre_ping": ping}, server_timing=True)
+        for _ in range(3):
+            record, _ = ask(app, lambda: session.execute(text("SELECT 1")))
+        counts.append(record.trips)
+        app.dispose()
+    assert counts[1] == counts[0] + 1
+
+
+def test_stack_of_few_calls_is_taken() -> None:
+    taken: list[Any] = []
+    done = threading.Event()
+    _thread.start_new_thread(lambda: (taken.append(take_statement_stack()), done.set()), ())
+    assert done.wait(PATIENCE)
+    assert [code.co_filename for code, _ in taken[0]] == [__file__]
 
 
 def test_time_of_fetching_is_in_the_log(slow_rows: SQLASessionMiddleware, caplog: pytest.LogCaptureFixture) -> None:

@@ -62,14 +62,12 @@ class TimedWaits:
 
     def wanted(self) -> Any:
         """What the methods below need; if it is false, nothing is measured now."""
-        raise NotImplementedError
 
     def note_connect(self, wanted: Any, entry: ConnectionPoolEntry, begin: float | None) -> None:
         """A connection was made. This is called in any case.
 
         :param begin: None if that is not known: an engine's own ``creator`` has no event.
         """
-        raise NotImplementedError
 
     def begin_wait(self, wanted: Any) -> None:
         """A connection is wanted of the pool."""
@@ -79,7 +77,6 @@ class TimedWaits:
 
         :param connecting: when the connection began to be made, if it is a new one.
         """
-        raise NotImplementedError
 
     def note_end(
         self, wanted: Any, kind: EndKind, driver_connection: Any, waits: int, begin: float, error: BaseException | None
@@ -88,7 +85,6 @@ class TimedWaits:
 
         :param waits: how often the driver has waited for an answer; 0 if it knew that there was nothing to end.
         """
-        raise NotImplementedError
 
     def note_ping(self) -> None:
         """The pool pings a connection."""
