@@ -128,6 +128,11 @@ class EngineSource:
                     self._engine = engine
         return self._engine
 
+    @property
+    def created(self) -> Engine | None:
+        """The engine, if it was created."""
+        return self._engine
+
     def on_creation(self, call: Callable[[Engine], None]) -> None:
         """Call a function with the engine when it is created, or now if it exists."""
         if self._engine is not None:

@@ -29,7 +29,7 @@ from .._drivers.registry import driver_of
 from .comment_text import without_comment
 from .forks import fork_safe_lock
 from .plain_reads import is_plain_read, remember_as_writing
-from .reads import is_watched, was_handed_out
+from .reads import BEGINS, is_watched, was_handed_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,7 +129,8 @@ class _LazyBegin:
         connection = context.root_connection
         transaction = connection.get_transaction()
         # Without one SQLAlchemy asks a new server what it is. Listeners may still change the connection.
-        if begin is None or transaction is None or isinstance(transaction, TwoPhaseTransaction):
+        has_begun = transaction is not None or BEGINS in context.execution_options
+        if begin is None or not has_begun or isinstance(transaction, TwoPhaseTransaction):
             return False
         info = connection.connection.info
         is_read_committed = begin.is_read_committed or info.get(_IS_READ_COMMITTED)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import ExecutionContext
 
 __all__ = [
+    "BEGINS",
     "has_locked",
     "has_only_read",
     "has_unread_rows",
@@ -34,6 +35,9 @@ __all__ = [
     "was_handed_out",
     "watch_reads",
 ]
+
+#: The execution option of a statement that is a part of BEGIN: it sets something for the transaction that begins now.
+BEGINS: Final = "sqlasession_begins"
 
 # Attributes that this module adds to objects of SQLAlchemy. Each statement looks at one of them, so that a set of weak
 # references, whose every look is Python code, would cost more than all the rest.
@@ -74,7 +78,7 @@ def is_watched(engine: Engine) -> bool:
 def _note(cursor: Any, statement: Any, parameters: Any, context: ExecutionContext) -> None:
     if is_server_side(context):
         note_rows(context)
-    if judge(statement) is Reading.DOUBTFUL:
+    if judge(statement) is Reading.DOUBTFUL and BEGINS not in context.execution_options:
         setattr(context.root_connection, _DOUBTFUL, True)
         if isinstance(statement, str) and _LOCKS.search(statement):
             note_locked(context.root_connection)

@@ -1,0 +1,69 @@
+"""Sends a tenant's settings together with BEGIN, so that text SQL and policies find whose transaction it is.
+
+The settings belong to the transaction, and not to the connection: the server undoes them at its end, also behind
+PgBouncer in transaction mode. PostgreSQL parses a prepared statement anew when ``search_path`` differs from that of its
+last execution ("PREPARE", Notes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+from weakref import WeakSet
+
+from sqlalchemy import Connection, Engine, event
+
+from .._database.forks import fork_safe_lock
+from .._database.observers import commits_each_statement
+from .._database.reads import BEGINS
+from ..errors import ScopeError
+from .binds import PLACE
+
+__all__ = ["OPTION", "begin_with_settings", "setting_statement"]
+
+#: The execution option with the statement.
+OPTION: Final = "sqlasession_local_settings"
+
+_listening: WeakSet[Engine] = WeakSet()
+_lock = fork_safe_lock()
+
+
+def setting_statement(settings: Mapping[str, str], name: str) -> str:
+    """The statement that sets something for the transaction of a tenant.
+
+    :param settings: the values by the names of PostgreSQL's settings, at least one.
+    :param name: of the tenant.
+    """
+    calls = (
+        f"set_config({_quoted(key)}, {_quoted(value.replace(PLACE, name))}, true)" for key, value in settings.items()
+    )
+    return f"SELECT {', '.join(calls)}"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def begin_with_settings(engine: Engine) -> None:
+    """Have each transaction of an engine, and of those that are made of it, begin with its settings."""
+    with _lock:
+        if engine not in _listening:
+            event.listen(engine, "begin", _set)
+            event.listen(engine, "begin_twophase", _refuse)
+            _listening.add(engine)
+
+
+def _set(connection: Connection) -> None:
+    statement = connection.get_execution_options().get(OPTION)
+    if statement is not None:
+        if commits_each_statement(connection):
+            _refuse(connection)
+        connection.exec_driver_sql(statement, execution_options={BEGINS: True})
+
+
+def _refuse(connection: Connection, xid: Any = None) -> None:
+    if OPTION in connection.get_execution_options():
+        raise ScopeError(
+            "A tenant's connection cannot be in AUTOCOMMIT, or in a transaction of two phases: the tenant is set for a"
+            " transaction. Use an Engine of your own for such statements."
+        )
