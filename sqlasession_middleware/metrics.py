@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
+from operator import add
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 from weakref import WeakKeyDictionary
 
 from opentelemetry.metrics import MeterProvider, Observation, get_meter_provider
@@ -36,6 +37,7 @@ from ._recording.record import RECORD
 from ._scope.scope import ENDED, Scope
 from .errors import ConfigurationError, shown
 from .middleware import SQLASessionMiddleware
+from .tenants import TenantsMiddleware
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from ._recording.record import Record
+    from ._tenants.application import TenantApplication
 
 __all__ = ["observe"]
 
@@ -62,26 +65,59 @@ _meters: WeakKeyDictionary[MeterProvider, _Meters] = WeakKeyDictionary()
 _lock = fork_safe_lock()
 
 
-def observe(app: SQLASessionMiddleware, meter_provider: MeterProvider | None = None) -> None:
+def observe(
+    app: SQLASessionMiddleware | TenantsMiddleware,
+    meter_provider: MeterProvider | None = None,
+    *,
+    by_tenant: bool = False,
+) -> None:
     """Have an application's metrics collected from now on.
 
     :param app: an application; with Flask it is ``db.middleware``. Call this once for each, before the first request.
+        Those of a :class:`~sqlasession_middleware.tenants.TenantsMiddleware` are counted together.
     :param meter_provider: OpenTelemetry's; None for the global one.
+    :param by_tenant: whether they are told apart, by ``tenant`` and by ``db.namespace``.
     :raises ConfigurationError: if ``app`` is something else, or is observed already.
     """
+    if isinstance(app, TenantsMiddleware):
+        _observe_tenants(app, meter_provider, by_tenant)
+        return
     if not isinstance(app, SQLASessionMiddleware):
         raise ConfigurationError("app", f"must be a SQLASessionMiddleware, got {shown(app)}.")
+    _observe(app, _meters_of(meter_provider))
+
+
+def _observe_tenants(tenants: TenantsMiddleware, meter_provider: MeterProvider | None, by_tenant: bool) -> None:
+    meters = _meters_of(meter_provider)
+    if tenants.shared is not None:
+        _observe(tenants.shared, meters)  # The pool that all of them share.
+
+    def observe(application: TenantApplication) -> None:
+        _observe(application, meters, {"tenant": application.tenant} if by_tenant else {})
+
+    tenants.on_making(observe)
+
+
+def _meters_of(meter_provider: MeterProvider | None) -> _Meters:
     provider = get_meter_provider() if meter_provider is None else meter_provider
     with _lock:
         meters = _meters.get(provider)
         if meters is None:
             meters = _meters[provider] = _Meters(provider)
+    return meters
+
+
+def _observe(app: SQLASessionMiddleware, meters: _Meters, more: dict[str, str] | None = None) -> None:
+    """Observe one application.
+
+    :param more: attributes that tell a tenant; empty for one that is not told.
+    """
     if app.note_503 is not None:
         raise ConfigurationError("app", "is observed already: call observe() once for each application.")
-    app.note_503 = meters.note_503
-    app.record_requests(partial(_metered, meters=meters))
+    app.note_503 = partial(meters.note_503, more=more or {})
+    app.record_requests(partial(_metered, meters=meters, more=more or {}))
     for name, source in app.named_sources().items():
-        source.on_creation(partial(meters.observe_engine, name=name))
+        source.on_creation(partial(meters.observe_engine, name=name, more=more))
 
 
 class _Meters:
@@ -112,7 +148,7 @@ class _Meters:
         ):
             callback = partial(self._observe_all, of_engine)
             meter.create_observable_up_down_counter(f"db.client.{name}", [callback], unit, what)
-        breaker = partial(self._observe_all, _ObservedEngine.breaker)
+        breaker = partial(self._observe_all, _ObservedEngine.breaker, combine=max)
         meter.create_observable_gauge("sqlasession.breaker.state", [breaker], "1", "1 for the state that it is in.")
         self._outcomes = meter.create_counter(
             "sqlasession.request.transactions", "{transaction}", "How the transactions of requests have ended."
@@ -124,42 +160,52 @@ class _Meters:
             "sqlasession.request.unavailable", "{response}", "Requests that were answered with 503."
         )
 
-    def observe_engine(self, engine: Engine, name: str) -> None:
+    def observe_engine(self, engine: Engine, name: str, more: dict[str, str] | None = None) -> None:
         with _lock:
             if engine not in self._engines:
-                self._engines[engine] = _ObservedEngine(self, engine, name)
+                self._engines[engine] = _ObservedEngine(self, engine, name, more)
 
     def _observe_all(
-        self, of_engine: Callable[[_ObservedEngine, Engine], Iterator[Observation]], options: object
+        self,
+        of_engine: Callable[[_ObservedEngine, Engine], Iterator[Observation]],
+        options: object,
+        combine: Callable[[float, float], float] = add,
     ) -> Iterator[Observation]:
+        # The engines of tenants that are not told apart have the same attributes, and are one series.
+        sums: dict[tuple[tuple[str, Any], ...], float] = {}
         for engine, observed in list(self._engines.items()):
-            yield from of_engine(observed, engine)
+            for each in of_engine(observed, engine):
+                key = tuple((each.attributes or {}).items())
+                sums[key] = combine(sums.get(key, 0), each.value)
+        for key, value in sums.items():
+            yield Observation(value, dict(key))
 
-    def note_503(self, reason: str) -> None:
-        self._answers.add(1, {"reason": reason})
+    def note_503(self, reason: str, more: dict[str, str]) -> None:
+        self._answers.add(1, {"reason": reason, **more})
 
-    def note_request(self, environ: dict[str, Any], record: Record) -> None:
-        self._outcomes.add(1, {"outcome": record.outcome})
-        self._attempts.add(environ.get("sqlasession.attempt", 1))
+    def note_request(self, environ: dict[str, Any], record: Record, more: dict[str, str]) -> None:
+        self._outcomes.add(1, {"outcome": record.outcome, **more})
+        self._attempts.add(environ.get("sqlasession.attempt", 1), more)
 
 
 class _ObservedEngine:
     """The listeners of one engine. They lead to it by nothing that would keep it.
 
     :param name: that of its pool.
+    :param more: attributes that tell a tenant; None if there are no tenants, and empty if they are not told apart.
     """
 
-    def __init__(self, meters: _Meters, engine: Engine, name: str) -> None:
+    def __init__(self, meters: _Meters, engine: Engine, name: str, more: dict[str, str] | None = None) -> None:
         self._meters = meters
-        self._pool = {"db.client.connection.pool.name": name}
+        self._pool = {"db.client.connection.pool.name": name, **(more or {})}
         url = engine.url
         told = {
             "db.system.name": _SYSTEMS.get(engine.dialect.name, engine.dialect.name),
-            "db.namespace": url.database,
+            "db.namespace": url.database if more is None or more else None,
             "server.address": url.host,
             "server.port": url.port,
         }
-        self._attributes = {key: value for key, value in told.items() if value is not None}
+        self._attributes = {**{key: value for key, value in told.items() if value is not None}, **(more or {})}
         self._pending = 0
         self._counting = fork_safe_lock()
         #: the key in the ``info`` of a connection with the time at which it was taken
@@ -259,19 +305,20 @@ class _ObservedEngine:
                 yield Observation(int(each == state), {**self._pool, "state": each})
 
 
-def _metered(scope_class: type[Scope], meters: _Meters) -> type[Scope]:
+def _metered(scope_class: type[Scope], meters: _Meters, more: dict[str, str]) -> type[Scope]:
     """A subclass of ``scope_class`` that counts requests."""
-    return type(scope_class.__name__, (_MeteredScope, scope_class), {"meters": meters})
+    return type(scope_class.__name__, (_MeteredScope, scope_class), {"meters": meters, "more": more})
 
 
 class _MeteredScope(Scope):
     """A scope whose request is counted at its end."""
 
     meters: _Meters
+    more: ClassVar[dict[str, str]]
 
     def clear(self) -> None:
         """Forget the scope's values; at the end of the scope, count the request."""
         super().clear()
         environ = self.environ
         if self.state is ENDED and environ is not None and RECORD in environ:
-            self.meters.note_request(environ, environ[RECORD])
+            self.meters.note_request(environ, environ[RECORD], self.more)

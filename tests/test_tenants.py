@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from paste.deploy import loadapp
 from sqlalchemy import MetaData, String, create_engine, event, insert, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sqlasession_middleware import after_commit, application, has_scope, session
+from sqlasession_middleware.cli import main
 from sqlasession_middleware.errors import ConfigurationError, ScopeError, UnknownTenantError
 from sqlasession_middleware.tenants import TenantsMiddleware
 from sqlasession_middleware.testing import isolated
@@ -783,3 +788,140 @@ class TestSettings:
             assert ask(app, name, "POST") == name.encode()
         assert app.application("acme").engine is engine
         engine.dispose()
+
+
+def ini_of_tenants(folder: Path, known: str = "acme, globex", **settings: str) -> str:
+    """An ini file whose application has tenants; that of "away" has no folder for its database."""
+    (folder / "acme").mkdir(exist_ok=True)
+    (folder / "globex").mkdir(exist_ok=True)
+    given = {
+        "sqlalchemy.url": "sqlite:///%(here)s/{tenant}/shop.db",
+        "metadata": "tests.test_tenants:Base.metadata",
+        "tenants.tenant": "header:X-Tenant",
+        "tenants.known": known,
+        **settings,
+    }
+    lines = "\n".join(f"{key} = {value}" for key, value in given.items() if value)
+    path = folder / "tenants.ini"
+    path.write_text(
+        "[app:shop]\npaste.app_factory = tests.paste_apps:guest_book\n\n[filter-app:main]\n"
+        f"paste.filter_app_factory = sqlasession_middleware.paste:tenants\nnext = shop\n{lines}\n"
+    )
+    return str(path)
+
+
+class TestIni:
+    def test_section_makes_what_the_constructor_does(self, tmp_path: Path) -> None:
+        path = ini_of_tenants(
+            tmp_path,
+            known="",
+            **{
+                "tenants.known_url": "sqlite:///%(here)s/directory.db",
+                "tenants.known_query": "SELECT name FROM tenant",
+                "tenants.known_seconds": "5",
+                "tenants.idle": "30",
+                "tenants.most": "7",
+                "tenants.required": "false",
+                "transaction": "true",
+            },
+        )
+        app = loadapp(f"config:{path}")
+        assert isinstance(app, TenantsMiddleware)
+        assert repr(app._known._directory) == f"sqlite:///{tmp_path}/directory.db"
+        assert (app._table._idle, app._table._most, app._required) == (30, 7, False)
+
+    def test_other_keys(self, tmp_path: Path) -> None:
+        url = "postgresql+psycopg://localhost/shop"
+        more = {"tenants.schema": "t_{tenant}", "tenants.set_local.app.tenant": "{tenant}", "sqlalchemy.url": url}
+        more |= {"tenants.tenant": "host", "tenants.hosts": "tests.test_tenants:find_host"}
+        app = loadapp(f"config:{ini_of_tenants(tmp_path, 'tests.test_tenants:known_names', **more)}")
+        assert app._maker._set_local == {"app.tenant": "{tenant}"}
+        assert app.names() == ["acme", "globex"]
+        assert app.application("acme").schema == "t_acme"
+        statement = app.application("acme").engine.get_execution_options()["sqlasession_local_settings"]
+        assert statement == (
+            "SELECT set_config('search_path', '\"t_acme\"', true), set_config('app.tenant', 'acme', true)"
+        )
+
+    @pytest.mark.parametrize(
+        ("settings", "problem"),
+        [
+            ({"tenants.idle": "soon"}, "'tenants.idle' in {path} must be a number of seconds, got 'soon'."),
+            ({"tenants.idle": "0"}, "'tenants.idle' in {path} must be a number of seconds above 0, got 0."),
+            ({"tenants.iddle": "1"}, "'tenants.iddle' in {path} is not a setting of this middleware; did you mean"),
+            ({"tenants.tenant": ""}, "'tenants.tenant' in {path} is missing: see the reference of ini keys."),
+            ({"tenants.tenant": "subdomain"}, "'tenants.domain' in {path} must be set with tenant='subdomain'"),
+            ({"tenants.known": "Acme"}, "'tenants.known' in {path} must be names of up to 63"),
+            ({"tenants.known": "a.b:c"}, "'tenants.known' in {path} must be the dotted name of an importable object"),
+            ({"sqlalchemy.pool_size": "x"}, "'sqlalchemy.pool_size' in {path} must be a whole number from 0, got 'x'."),
+        ],
+    )
+    def test_error_names_the_key(self, tmp_path: Path, settings: dict[str, str], problem: str) -> None:
+        path = ini_of_tenants(tmp_path, **settings)
+        with pytest.raises(ConfigurationError) as caught:
+            loadapp(f"config:{path}")
+        assert str(caught.value).startswith(problem.format(path=path))
+
+
+def known_names() -> list[str]:
+    return ["acme", "globex"]
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def plain_shell(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "IPython", None)
+
+    def command(self, *arguments: str, said: str = "") -> Any:
+        return CliRunner().invoke(main, list(arguments), input=said)
+
+    def test_create_and_check_one_and_all(self, tmp_path: Path) -> None:
+        path = ini_of_tenants(tmp_path)
+        done = self.command("create", path, "--tenant", "acme")
+        assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "done")
+        assert files_in(tmp_path / "globex") == []
+        done = self.command("create", path, "--all-tenants")
+        assert done.stdout.splitlines() == ["1 of 2: acme: created", "2 of 2: globex: created", "done: 2 tenants"]
+        assert files_in(tmp_path / "globex") == ["shop.db"]
+        done = self.command("check", path, "--tenant", "acme")
+        assert (done.exit_code, f"sqlite:///{tmp_path}/acme/shop.db" in done.stdout) == (0, True)
+        done = self.command("check", path, "--all-tenants")
+        assert done.exit_code == 0
+        assert re.match(r"1 of 2: acme: default \d+\.\d ms\n2 of 2: globex: ", done.stdout)
+
+    def test_all_goes_on_after_one_that_fails(self, tmp_path: Path) -> None:
+        path = ini_of_tenants(tmp_path, "acme, away, globex")
+        for name in ("create", "check"):
+            done = self.command(name, path, "--all-tenants")
+            assert done.exit_code == 1
+            assert [line[:14] for line in done.stdout.splitlines()] == [
+                "1 of 3: acme: ",
+                "3 of 3: globex",
+                "done: 2 tenant",
+            ]
+            first, summary = done.stderr.splitlines()
+            assert first.startswith("error: the tenant away: ")
+            assert summary == "error: 1 of 3 tenants have failed: away"
+
+    def test_engine_that_does_not_answer_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "acme" / "shop.db").parent.mkdir()
+        path = ini_of_tenants(tmp_path, "acme")
+        (tmp_path / "acme" / "shop.db").mkdir()
+        done = self.command("check", path, "--all-tenants")
+        assert done.exit_code == 1
+        assert "error: the tenant acme: default does not answer: unable to open database file" in done.stderr
+
+    def test_shell_is_the_tenants(self, tmp_path: Path) -> None:
+        path = ini_of_tenants(tmp_path)
+        done = self.command("shell", path, "--tenant", "globex", said="print(application.tenant)\n")
+        assert (done.exit_code, "globex" in done.stdout) == (0, True)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [("create",), ("check",), ("shell",), ("wait",), ("drop", "--yes"), ("create", "--tenant", "nobody")],
+    )
+    def test_nobody_is_refused(self, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        name, *options = arguments
+        done = self.command(name, ini_of_tenants(tmp_path), *options)
+        assert done.exit_code == 2
+        assert files_in(tmp_path / "acme") == []

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .._database.engines import without_passwords_of_urls
 from ..errors import UnknownTenantError
 from ..middleware import SQLASessionMiddleware
 from ..tenants import TenantsMiddleware
@@ -76,17 +77,18 @@ def _for_each(tenants: TenantsMiddleware, action: Callable[[TenantApplication], 
     """
     names, failed = tenants.names(), []
     for number, name in enumerate(names, 1):
-        application = tenants.application(name)
         try:
-            said = action(application)
+            application = tenants.application(name)
+            try:
+                click.echo(f"{number} of {len(names)}: {name}: {action(application)}")
+            except Exception as error:
+                raise LookupError(describe_error(error, application)) from error
+            finally:
+                application.close_idle()
         except Exception as error:
             failed.append(name)
-            complain(f"{name}: {describe_error(error, application)}")
-        else:
-            click.echo(f"{number} of {len(names)}: {name}: {said}")
-        finally:
-            application.close_idle()
+            complain(f"the tenant {name}: {without_passwords_of_urls(str(error))}")
     done = counted(len(names) - len(failed), "tenant", "tenants")
     click.echo(f"done: {done}")
     if failed:
-        fail(f"{len(failed)} of {counted(len(names), 'tenant', 'tenants')} failed: {', '.join(failed)}.")
+        fail(f"{len(failed)} of {counted(len(names), 'tenant', 'tenants')} have failed: {', '.join(failed)}")

@@ -63,7 +63,7 @@ def template_of(parameter: str, given: Any) -> Template:
     except ConfigurationError as error:
         raise ConfigurationError(parameter, error.problem) from None
     if is_template(url.set(database="", username="")):
-        raise ConfigurationError(parameter, f"may have {PLACE} in its database and its user, and nowhere else.")
+        raise ConfigurationError(parameter, "may have {tenant} in its database and its user, and nowhere else.")
 
     def fill(name: str) -> URL:
         # The form of a name needs no quotes, neither here nor in a file's name.

@@ -58,14 +58,14 @@ class ApplicationMaker:
         if self._schema is not None or self._set_local:
             self._share(bind, given)
         elif not is_template(bind):
-            problem = f"must have {PLACE} in its database or user, or differ by 'schema' or 'set_local'."
+            problem = "must have {tenant} in its database or user, or differ by 'schema' or 'set_local'."
             raise ConfigurationError("bind", problem)
         elif not any(map(asks_for_name, given)):
             self._make_on_own("tenant")  # Nobody's: it checks the options.
 
     def _share(self, bind: Any, given: tuple[Any, ...]) -> None:
         if any(map(is_template, given)):
-            problem = f"cannot have {PLACE} or be a callable together with 'schema' or 'set_local', which share a pool."
+            problem = "cannot have {tenant} or be a callable together with 'schema' or 'set_local', which share a pool."
             raise ConfigurationError("bind", problem)
         if self._replicas:
             problem = "cannot be used where all tenants share a pool: give each its own, with {tenant} in 'bind'."
@@ -144,7 +144,7 @@ def _read_schema(schema: Any) -> str | None:
     if schema is None:
         return None
     if not isinstance(schema, str) or PLACE not in schema or not is_name(schema.replace(PLACE, "x")):
-        problem = f"must be {PLACE} with letters a to z, digits, '-' or '_' around it, got {shown(schema)}."
+        problem = f"must be {{tenant}} with letters a to z, digits, '-' or '_' around it, got {shown(schema)}."
         raise ConfigurationError("schema", problem)
     return schema
 

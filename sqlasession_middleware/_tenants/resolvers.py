@@ -46,8 +46,11 @@ def make_resolver(tenant: Any, domain: str | None, hosts: Any) -> Resolver:
     if isinstance(tenant, str) and tenant.lower().startswith(_HEADER):
         return _from_header(tenant[len(_HEADER) :].strip())
     if not callable(tenant) and not (isinstance(tenant, str) and ("." in tenant or ":" in tenant)):
-        known = "'host', 'subdomain', 'path', 'header:NAME', a callable of environ, or its dotted name"
-        raise ConfigurationError("tenant", f"must be {known}, got {shown(tenant)}.")
+        raise ConfigurationError(
+            "tenant",
+            "must be 'host', 'subdomain', 'path', 'header:NAME', a callable of environ, or its dotted name, got"
+            f" {shown(tenant)}.",
+        )
     resolver: Resolver = resolve_option("tenant", tenant)
     return resolver
 
