@@ -34,6 +34,9 @@ class Psycopg(LibpqDriver):
     def prepares(self, driver_connection: Any) -> bool:
         return read_attribute(driver_connection, "prepare_threshold") is not None
 
+    def stop_preparing(self, driver_connection: Any) -> None:
+        driver_connection.prepare_threshold = None
+
     def transaction_status(self, driver_connection: Any) -> int | None:
         # Each read of ``info`` makes an object.
         return getattr(getattr(driver_connection, "pgconn", None), "transaction_status", None)

@@ -16,10 +16,11 @@ from sqlalchemy import Connection, Engine, event
 from .._database.forks import fork_safe_lock
 from .._database.observers import commits_each_statement
 from .._database.reads import BEGINS
+from .._drivers.registry import driver_of
 from ..errors import ScopeError
 from .binds import PLACE
 
-__all__ = ["OPTION", "begin_with_settings", "setting_statement"]
+__all__ = ["OPTION", "begin_with_settings", "prepare_nothing", "setting_statement"]
 
 #: The execution option with the statement.
 OPTION: Final = "sqlasession_local_settings"
@@ -51,6 +52,20 @@ def begin_with_settings(engine: Engine) -> None:
             event.listen(engine, "begin", _set)
             event.listen(engine, "begin_twophase", _refuse)
             _listening.add(engine)
+
+
+def prepare_nothing(engine: Engine) -> None:
+    """Have the driver prepare no statement that is sent often.
+
+    Where tables of one name have different columns, because one schema was migrated and the next one was not, the server
+    would refuse it: "cached plan must not change result type".
+    """
+    driver = driver_of(engine)
+
+    def stop(driver_connection: Any, record: object) -> None:
+        driver.stop_preparing(driver_connection)
+
+    event.listen(engine, "connect", stop)
 
 
 def _set(connection: Connection) -> None:

@@ -15,7 +15,7 @@ from ..errors import ConfigurationError, shown
 from ..middleware import SQLASessionMiddleware
 from .application import TenantApplication
 from .binds import PLACE, TenantSource, asks_for_name, is_template, template_of
-from .local_settings import OPTION, begin_with_settings, setting_statement
+from .local_settings import OPTION, begin_with_settings, prepare_nothing, setting_statement
 from .names import is_name
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class ApplicationMaker:
                 self._differing.add(name)
                 if has_settings:
                     source.on_creation(begin_with_settings)
+                    if self._schema is not None and not source.sets("prepare_threshold"):
+                        source.on_creation(prepare_nothing)
 
     def make(self, name: str, table: TenantTable) -> TenantApplication:
         """Make the application of a tenant.
