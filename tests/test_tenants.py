@@ -334,6 +334,21 @@ class TestSchemaEach:
                 assert ask(app, name, path=path) == name.encode()
         assert app.shared.engine.pool.checkedin() == 1
 
+    def test_schema_and_tables_are_made_by_several_at_once(self, schemas: Any, postgresql: str) -> None:
+        apps = [schemas(known=()) for _ in range(6)]
+        for app in apps:
+            app._known._names = frozenset(NAMES)
+        at_once = threading.Barrier(len(apps), timeout=30)
+
+        def create(app: TenantsMiddleware) -> None:
+            at_once.wait()
+            for name in NAMES:
+                app.init_database(name)
+
+        with ThreadPoolExecutor(len(apps)) as pool:
+            list(pool.map(create, apps))
+        assert ask(apps[0], "acme", "POST") == b"acme"
+
     def test_nothing_is_left_on_the_connection(self, schemas: Any) -> None:
         app = schemas()
         ask(app, "acme", "POST", "/text")

@@ -110,11 +110,13 @@ def test_sequence_and_enum_are_in_the_schema(make: Any) -> None:
     with app.shared.engine.connect() as connection:
         found = connection.execute(
             text(
-                "SELECT nspname, relname FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace"
-                " WHERE relname = 'report_account_seq'"
-                " UNION SELECT nspname, typname FROM pg_type JOIN pg_namespace n ON n.oid = typnamespace"
-                " WHERE typname = 'report_kind'"
-            )  # fmt: skip
+                """
+                SELECT nspname, relname FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
+                WHERE relname = 'report_account_seq'
+                UNION SELECT nspname, typname FROM pg_type JOIN pg_namespace n ON n.oid = typnamespace
+                WHERE typname = 'report_kind'
+                """
+            )
         ).all()
     assert sorted(tuple(each) for each in found) == [
         (f"report_{name}", what) for name in NAMES for what in ("report_account_seq", "report_kind")

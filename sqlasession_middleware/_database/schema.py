@@ -70,8 +70,14 @@ def create_schema(engine: Engine, name: str) -> None:
     def create(connection: Connection, wanted: object) -> None:
         connection.execute(CreateSchema(name, if_not_exists=True))
 
+    alone = driver_of(engine).server.creating
     with _creating:
-        _change_alone(engine, driver_of(engine).server.creating, create, None)
+        # PostgreSQL may have looked for the schema, and found none, before it has waited for the others.
+        _repeat_if_lost(
+            partial(_change_alone, engine, alone, create, None),
+            driver_of(engine).says_exists,
+            lambda: inspect(engine).get_schema_names(),
+        )
 
 
 def create_tables(engine: Engine, collection: MetaData, wanted: Sequence[Table] | None = None) -> None:

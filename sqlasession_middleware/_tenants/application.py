@@ -94,10 +94,14 @@ class TenantApplication(SQLASessionMiddleware):
         for source in self._sources():
             source.dispose()
 
-    def init_database(self) -> None:
-        """Create the tables that do not exist yet, and before them the tenant's schema, where it has one."""
+    def create_schema(self) -> None:
+        """Create the tenant's schema, where it has one and it does not exist yet."""
         if self.schema is not None:
             create_schema(self.engine, self.schema)
+
+    def init_database(self) -> None:
+        """Create the tables that do not exist yet, and before them the tenant's schema, where it has one."""
+        self.create_schema()
         super().init_database()
 
     def __repr__(self) -> str:

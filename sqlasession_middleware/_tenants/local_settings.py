@@ -57,8 +57,8 @@ def begin_with_settings(engine: Engine) -> None:
 def prepare_nothing(engine: Engine) -> None:
     """Have the driver prepare no statement that is sent often.
 
-    Where tables of one name have different columns, because one schema was migrated and the next one was not, the server
-    would refuse it: "cached plan must not change result type".
+    Where tables of one name have different columns, because one schema was migrated and the next one was not, the
+    server would refuse it: "cached plan must not change result type".
     """
     driver = driver_of(engine)
 
