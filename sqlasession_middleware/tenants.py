@@ -42,8 +42,6 @@ __all__ = ["TenantsMiddleware"]
 
 logger = logging.getLogger(__name__)
 
-#: How much of a name that nobody has is logged.
-_LOGGED = 40
 #: Seconds, where nobody knows the names.
 _RETRY_AFTER = 10
 
@@ -147,7 +145,6 @@ class TenantsMiddleware:
         self._sweep()
         if is_known:
             return self._table.find(name)
-        logger.info("There is no tenant %s", shown(name[:_LOGGED]))
         return error_pages.not_found()
 
     def _sweep(self) -> None:

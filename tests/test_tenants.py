@@ -21,7 +21,7 @@ from sqlasession_middleware import after_commit, application, has_scope, session
 from sqlasession_middleware.cli import main
 from sqlasession_middleware.errors import ConfigurationError, ScopeError, UnknownTenantError
 from sqlasession_middleware.tenants import TenantsMiddleware
-from sqlasession_middleware.testing import isolated
+from sqlasession_middleware.testing import assert_queries, isolated
 
 from .conftest import DATABASES_SEEN
 from .wsgi import Environ, StartResponse, environ
@@ -348,6 +348,19 @@ class TestSchemaEach:
         with ThreadPoolExecutor(len(apps)) as pool:
             list(pool.map(create, apps))
         assert ask(apps[0], "acme", "POST") == b"acme"
+
+    def test_setting_the_tenant_is_a_part_of_begin(self, schemas: Any) -> None:
+        """It is no statement of the request's own, as BEGIN is none."""
+        seen: list[Any] = []
+
+        def app(environ: Environ, start: StartResponse) -> list[bytes]:
+            seen.append(environ["sqlasession.record"])
+            return list(read(environ, start))
+
+        tenants = schemas(app, slow_requests={"seconds": 60})
+        with assert_queries(1):
+            ask(tenants, "acme")
+        assert (seen[0].count, seen[0].tenant) == (1, "acme")
 
     def test_nothing_is_left_on_the_connection(self, schemas: Any) -> None:
         app = schemas()

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from .._database.forks import fork_safe_lock
 from .._database.pool import wrap_connect
+from .._database.reads import BEGINS
 from .._dependencies import calling_frame
 from .._scope.scope import Scope, current
 from ..failures import Failure, classify
@@ -113,7 +114,7 @@ class _EngineListeners:
         self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, is_many: bool
     ) -> None:
         records, attempt = _records()
-        if not records:
+        if not records or BEGINS in context.execution_options:
             return
         statement = Statement()
         statement.engine = self._engine
