@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from paste.deploy import loadapp
-from sqlalchemy import MetaData, String, create_engine, event, insert, select, text
+from sqlalchemy import Column, MetaData, String, Table, create_engine, event, insert, make_url, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -22,8 +22,10 @@ from sqlasession_middleware.cli import main
 from sqlasession_middleware.errors import ConfigurationError, ScopeError, UnknownTenantError
 from sqlasession_middleware.tenants import TenantsMiddleware
 from sqlasession_middleware.testing import assert_queries, isolated
+from sqlasession_middleware.unavailable import breaker_state
 
 from .conftest import DATABASES_SEEN
+from .ports import free_port
 from .wsgi import Environ, StartResponse, environ
 
 pytestmark = pytest.mark.usefixtures("disposes")
@@ -473,6 +475,84 @@ class TestSchemaEach:
         for name in NAMES:
             ask(app, name, "POST")
         assert listeners() == before
+
+
+def test_breaker_is_the_servers() -> None:
+    """A database that is out of reach keeps nobody waiting for another one on the same server."""
+    dead = f"postgresql+psycopg://127.0.0.1:{free_port()}"
+    url = make_url(DATABASES_SEEN.url("postgresql", ""))
+
+    def bind(name: str) -> Any:
+        return url if name == "initech" else f"{dead}/{name}"
+
+    unavailable = {"breaker_failures": 1, "breaker_seconds": 1000}
+    app = TenantsMiddleware(select_1, bind, tenant="header:X-Tenant", known=NAMES, unavailable=unavailable)
+    assert call(app, HTTP_X_TENANT="acme")[0] == "503 Service Unavailable"
+    tried: list[str] = []
+    globex = app.application("globex").engine
+    event.listen(globex, "do_connect", lambda *more: tried.append("globex"))
+    assert call(app, HTTP_X_TENANT="globex")[0] == "503 Service Unavailable"
+    assert (tried, breaker_state(globex)) == ([], "open")
+    assert call(app, HTTP_X_TENANT="initech")[0] == "200 OK"
+    app.dispose()
+
+
+def select_1(environ: Environ, start: StartResponse) -> list[bytes]:
+    session.execute(text("SELECT 1"))
+    start("200 OK", [])
+    return [b""]
+
+
+def test_schemas_of_mariadb_are_databases() -> None:
+    url = make_url(DATABASES_SEEN.url("mariadb", ""))
+    options: dict[str, Any] = {"tenant": "header:X-Tenant", "known": NAMES[:2], "metadata": Base.metadata}
+    options |= {"engine_options": {"pool_size": 1, "max_overflow": 0}, "transaction": True}
+    app = TenantsMiddleware(read, url, schema=f"{url.database}_{{tenant}}", **options)
+    try:
+        for name in NAMES[:2]:
+            app.init_database(name)
+        for _ in range(2):
+            for name in NAMES[:2]:
+                assert set(ask(app, name, "POST").split(b",")) == {name.encode()}
+        assert app.shared.engine.pool.checkedin() == 1
+    finally:
+        with app.shared.engine.begin() as connection:
+            for name in NAMES[:2]:
+                connection.execute(text(f"DROP DATABASE IF EXISTS `{url.database}_{name}`"))
+        app.dispose()
+
+
+def test_other_databases_are_those_of_all(schemas: Any, tmp_path: Path) -> None:
+    """Beside the pool that all share there is one on another server, whose tables are not the tenants'."""
+    audit = MetaData(info={"bind_key": "audit"})
+    shared = Table("tenant_audit", audit, Column("owner", String(80)))
+    binds = {"audit": f"sqlite:///{tmp_path}/audit.db"}
+    app = schemas(binds=binds, metadata=[Base.metadata, audit], transaction=True)
+    for name in NAMES:
+        with app.context(name):
+            session.execute(insert(shared).values(owner=name))
+            session.commit()
+            assert session.scalars(select(Note.owner)).all() == []
+    with app.context("acme"):
+        assert session.scalars(select(shared.c.owner)).all() == list(NAMES)
+    assert app.application("acme").without_secrets("nothing") == "nothing"
+
+
+def test_engine_that_is_given_can_be_shared_by_two(postgresql: str) -> None:
+    engine = create_engine(postgresql, pool_size=1, max_overflow=0)
+    options: dict[str, Any] = {"tenant": "header:X-Tenant", "known": NAMES, "metadata": Base.metadata}
+    apps = [TenantsMiddleware(read, engine, schema="t_{tenant}", **options) for _ in range(2)]
+    seen: list[str] = []
+    for app in apps:
+        app.application("acme")
+        app.on_making(lambda each: seen.append(each.tenant))
+        app.init_database("acme")
+    assert ask(apps[0], "acme", "POST", "/text") == b"acme"
+    assert ask(apps[1], "acme", path="/text") == b"acme"
+    assert seen == ["acme"] * 2
+    with engine.connect() as connection, connection.begin_twophase():
+        pass  # Without a tenant it may be.
+    engine.dispose()
 
 
 class DeadlockError(Exception):

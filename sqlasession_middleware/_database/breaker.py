@@ -232,7 +232,7 @@ def _guard(engine: Engine, failures: int, seconds: float, shared: dict[str, Brea
         breaker = _make_breaker(name, url, failures, seconds)
     else:
         # One server has the databases of many tenants, and it is the server that is out of reach.
-        name = shown_url(url.set(username=None, password=None, database=None))
+        name = shown_url(URL.create(url.drivername, host=url.host, port=url.port))
         place = f"{name}?{sorted(each for each in url.normalized_query.items() if each[0] in ('host', 'port'))}"
         if place not in shared:
             shared[place] = _make_breaker(name, url, failures, seconds)

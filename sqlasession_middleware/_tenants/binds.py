@@ -118,10 +118,6 @@ class TenantSource(EngineSource):
     def on_creation(self, call: Callable[[Engine], None]) -> None:
         """Do nothing: it was called with the shared engine."""
 
-    @property
-    def created(self) -> Engine | None:
-        return None
-
     def dispose(self) -> None:
         """Do nothing: the connections are those of all tenants."""
 
