@@ -18,6 +18,8 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sqlasession_middleware import after_commit, application, has_scope, session
+from sqlasession_middleware._drivers.registry import driver_of
+from sqlasession_middleware._sessions.connections import open_connections
 from sqlasession_middleware.cli import main
 from sqlasession_middleware.errors import ConfigurationError, ScopeError, UnknownTenantError
 from sqlasession_middleware.tenants import TenantsMiddleware
@@ -350,6 +352,59 @@ class TestSchemaEach:
         with ThreadPoolExecutor(len(apps)) as pool:
             list(pool.map(create, apps))
         assert ask(apps[0], "acme", "POST") == b"acme"
+
+    def test_plain_read_leaves_nothing_open(self, schemas: Any) -> None:
+        """With psycopg, BEGIN, the setting, a SELECT and COMMIT are one wait (G17)."""
+        app = schemas()
+        ask(app, "acme", "POST")
+        with app.context("acme"):
+            assert session.scalars(select(Note.owner)).all() == ["acme"]
+            held = open_connections(session())
+            assert [driver_of(each).is_idle(each) for each in held] == [True]
+            assert session.scalars(text("SELECT owner FROM tenant_note")).all() == ["acme"]
+            assert [driver_of(each).is_idle(each) for each in held] == [False]  # Text may do anything.
+
+    @pytest.mark.parametrize("way", ["several", "server-side", "listener", "many", "no parameters", "savepoint"])
+    def test_first_statement_of_any_kind_is_the_tenants(self, schemas: Any, way: str) -> None:
+        app = schemas()
+        for name in NAMES[:2]:
+            ask(app, name, "POST")
+        if way in ("listener", "many", "no parameters"):
+            for kind in ("do_execute", "do_executemany", "do_execute_no_params"):
+                event.listen(app.shared.engine, kind, lambda *more: None)
+        for name in NAMES[:2]:
+            with app.context(name):
+                if way == "several":
+                    session.execute(text("SET LOCAL work_mem TO '1MB'; INSERT INTO tenant_note (owner) VALUES ('x')"))
+                    assert session.scalars(text("SELECT owner FROM tenant_note ORDER BY id")).all() == [name, "x"]
+                elif way == "server-side":
+                    options = {"stream_results": True}
+                    found = session.execute(text("SELECT owner FROM tenant_note"), execution_options=options)
+                    assert found.scalars().all() == [name]
+                elif way == "many":
+                    session.execute(text("INSERT INTO tenant_note (owner) VALUES (:owner)"), [{"owner": name}] * 2)
+                    assert set(session.scalars(text("SELECT owner FROM tenant_note"))) == {name}
+                elif way == "no parameters":
+                    options = {"no_parameters": True}
+                    found = session.execute(text("SELECT owner FROM tenant_note"), execution_options=options)
+                    assert found.scalars().all() == [name]
+                elif way == "savepoint":
+                    with session.begin_nested():
+                        assert session.scalars(text("SELECT owner FROM tenant_note")).all() == [name]
+                    cursor = session.connection().connection.cursor()
+                    cursor.execute("SELECT owner FROM tenant_note")
+                    assert cursor.fetchall() == [(name,)]
+                else:
+                    assert session.scalars(text("SELECT owner FROM tenant_note")).all() == [name]
+
+    def test_connection_that_was_read_on_is_the_tenants_when_it_is_handed_out(self, schemas: Any) -> None:
+        app = schemas()
+        ask(app, "acme", "POST")
+        with app.context("acme"):
+            assert session.scalars(select(Note.owner)).all() == ["acme"]
+            cursor = session.connection().connection.cursor()
+            cursor.execute("SELECT owner FROM tenant_note")
+            assert cursor.fetchall() == [("acme",)]
 
     def test_setting_the_tenant_is_a_part_of_begin(self, schemas: Any) -> None:
         """It is no statement of the request's own, as BEGIN is none."""

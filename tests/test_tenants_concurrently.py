@@ -142,9 +142,9 @@ def schemas() -> Iterator[Callable[[Any], TenantsMiddleware]]:
     each('CREATE SCHEMA "{name}" CREATE TABLE tenant_row (id serial PRIMARY KEY, owner varchar(80) NOT NULL)')
     made: list[TenantsMiddleware] = []
 
-    def make(app: Any) -> TenantsMiddleware:
+    def make(app: Any, **more: Any) -> TenantsMiddleware:
         pool = {"pool_size": 10, "max_overflow": 0, "pool_timeout": 60}
-        options: dict[str, Any] = {"schema": "c_{tenant}", "engine_options": pool, "idle": 0.05}
+        options: dict[str, Any] = {"schema": "c_{tenant}", "engine_options": pool, "idle": 0.05, **more}
         made.append(TenantsMiddleware(app, url, tenant="header:X-Tenant", known=NAMES, **options))
         return made[-1]
 
@@ -212,7 +212,7 @@ def test_tenant_that_is_kept_on_the_connection_is_found_out(schemas: Any, monkey
                 connection.connection.commit()
 
     monkeypatch.setattr("sqlasession_middleware._tenants.maker.begin_with_settings", keep)
-    site = Site(schemas)
+    site = Site(lambda app: schemas(app, lazy_begin=False))
     with pytest.raises(AssertionError, match="tenant"):
         run_threads(site, NAMES[:20], ("list",), 20)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BEGINS",
+    "FIRST",
     "has_locked",
     "has_only_read",
     "has_unread_rows",
@@ -38,6 +39,10 @@ __all__ = [
 
 #: The execution option of a statement that is a part of BEGIN: it sets something for the transaction that begins now.
 BEGINS: Final = "sqlasession_begins"
+
+#: The execution option of an engine with a statement that each transaction has to begin with, and that is sent together
+#: with the first one of the application.
+FIRST: Final = "sqlasession_first"
 
 # Attributes that this module adds to objects of SQLAlchemy. Each statement looks at one of them, so that a set of weak
 # references, whose every look is Python code, would cost more than all the rest.

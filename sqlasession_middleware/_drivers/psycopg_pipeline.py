@@ -105,17 +105,20 @@ class Pipeline:
         return _BEGINS.get((connection.isolation_level, connection.read_only))
 
     @staticmethod
-    def read(begin: Begin, cursor: Any, execute: Callable[[], object], is_known: bool) -> Outcome:
+    def read(
+        begin: Begin, cursor: Any, execute: Callable[[], object], is_known: bool, first: tuple[str, ...] = ()
+    ) -> Outcome:
         """Execute a SELECT in a transaction of its own, which cannot write.
 
         :param execute: executes it with ``cursor``.
+        :param first: what the transaction begins with.
         :param is_known: whether the same was done before, so that it is known to use nothing but tables.
         """
         connection = cursor.connection
         steps = (execute, "COMMIT") if is_known else (execute, _REFUSE_OTHER_THAN_TABLES, "COMMIT")
         try:
             setattr(connection, AUTOCOMMIT, True)  # Here, as a signal may raise an exception at any time.
-            _send(connection, begin.read_only, *steps)
+            _send(connection, begin.read_only, *first, *steps)
         except ReadOnlySqlTransaction:
             if connection.read_only:
                 raise
@@ -141,16 +144,23 @@ class Pipeline:
         return Outcome.DONE
 
     @staticmethod
-    def begin(begin: Begin, cursor: Any, execute: Callable[[], object], ask_level: bool = False) -> str | None:
+    def begin(
+        begin: Begin,
+        cursor: Any,
+        execute: Callable[[], object],
+        ask_level: bool = False,
+        first: tuple[str, ...] = (),
+    ) -> str | None:
         """Begin a transaction with its first statement.
 
         :param execute: executes it with ``cursor``.
         :param ask_level: ask for the isolation level as well.
+        :param first: what the transaction begins with.
         :returns: the isolation level in lower case, if it was asked for.
         """
         connection = cursor.connection
         control = Cursor(connection)
-        steps: list[str | Callable[[], object]] = [begin.text, execute]
+        steps: list[str | Callable[[], object]] = [begin.text, *first, execute]
         if ask_level:
             steps.insert(1, partial(control.execute, "SHOW transaction_isolation", prepare=False))
         try:
@@ -162,17 +172,19 @@ class Pipeline:
         return None if row is None else str(row[0])
 
     @staticmethod
-    def begin_alone(begin: Begin, connection: Any) -> None:
+    def begin_alone(begin: Begin, connection: Any, first: tuple[str, ...] = ()) -> None:
         """Begin a transaction before whatever comes next, unless one is open.
 
         :param connection: psycopg's. If it is lost, what comes next will tell.
+        :param first: what the transaction begins with.
         """
         if connection.pgconn.transaction_status != _IDLE or connection.autocommit:
             return
         try:
             setattr(connection, AUTOCOMMIT, True)
             with suppress(Error):
-                Cursor(connection).execute(begin.text, prepare=False)
+                for statement in (begin.text, *first):
+                    Cursor(connection).execute(statement, prepare=False)
         finally:
             setattr(connection, AUTOCOMMIT, False)
 

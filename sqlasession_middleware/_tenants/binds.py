@@ -10,15 +10,20 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import URL
 
 from .._database.engines import EngineSource
+from .._database.lazy_begin import begins_lazily
+from .._database.reads import FIRST
 from .._database.urls import parse_url
 from .._drivers.registry import server_of_url
 from ..errors import ConfigurationError
 from .names import LONGEST
 
-__all__ = ["PLACE", "TenantSource", "asks_for_name", "is_template", "longest_name", "template_of"]
+__all__ = ["OPTION", "PLACE", "TenantSource", "asks_for_name", "is_template", "longest_name", "template_of"]
 
 #: What stands for the name of the tenant.
 PLACE: Final = "{tenant}"
+
+#: The execution option with the statement that sets the tenant for a transaction.
+OPTION: Final = "sqlasession_local_settings"
 
 #: Makes what the middleware takes as a bind of the name of a tenant.
 Template = Callable[[str], Any]
@@ -114,6 +119,15 @@ class TenantSource(EngineSource):
         if engine is None:
             engine = self._engine = self._shared.engine.execution_options(**self._tenant_options)
         return engine
+
+    @property
+    def session_engine(self) -> Engine:
+        """The engine for Sessions. They tell when a connection is handed out, so its transaction may begin later."""
+        engine = self.engine
+        options = engine.get_execution_options()
+        if OPTION not in options or not begins_lazily(engine):
+            return engine
+        return engine.execution_options(**{FIRST: options[OPTION]})
 
     def on_creation(self, call: Callable[[Engine], None]) -> None:
         """Do nothing: it was called with the shared engine."""

@@ -8,22 +8,19 @@ last execution ("PREPARE", Notes).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
 
 from .._database.forks import fork_safe_lock
 from .._database.observers import commits_each_statement
-from .._database.reads import BEGINS
+from .._database.reads import BEGINS, FIRST
 from .._drivers.registry import driver_of
 from ..errors import ScopeError
-from .binds import PLACE
+from .binds import OPTION, PLACE
 
-__all__ = ["OPTION", "begin_with_settings", "prepare_nothing", "setting_statement"]
-
-#: The execution option with the statement.
-OPTION: Final = "sqlasession_local_settings"
+__all__ = ["begin_with_settings", "prepare_nothing", "setting_statement"]
 
 _listening: WeakSet[Engine] = WeakSet()
 _lock = fork_safe_lock()
@@ -69,11 +66,12 @@ def prepare_nothing(engine: Engine) -> None:
 
 
 def _set(connection: Connection) -> None:
-    statement = connection.get_execution_options().get(OPTION)
-    if statement is not None:
+    options = connection.get_execution_options()
+    if OPTION in options:
         if commits_each_statement(connection):
             _refuse(connection)
-        connection.exec_driver_sql(statement, execution_options={BEGINS: True})
+        if FIRST not in options:
+            connection.exec_driver_sql(options[OPTION], execution_options={BEGINS: True})
 
 
 def _refuse(connection: Connection, xid: Any = None) -> None:

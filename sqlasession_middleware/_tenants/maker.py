@@ -14,8 +14,8 @@ from .._settings.arguments import make_with_options
 from ..errors import ConfigurationError, shown
 from ..middleware import SQLASessionMiddleware
 from .application import TenantApplication
-from .binds import PLACE, TenantSource, asks_for_name, is_template, template_of
-from .local_settings import OPTION, begin_with_settings, prepare_nothing, setting_statement
+from .binds import OPTION, PLACE, TenantSource, asks_for_name, is_template, template_of
+from .local_settings import begin_with_settings, prepare_nothing, setting_statement
 from .names import is_name
 
 if TYPE_CHECKING:
