@@ -65,6 +65,7 @@ dist: $(VENV)/installed-dist ## build the sdist, and the wheel from it, in dist/
 bench: $(VENV)/installed-test ## measure what the middleware costs a request; takes minutes and needs an idle machine
 	$(BIN)/python benchmarks/per_request.py
 	$(BIN)/python benchmarks/routing.py
+	$(BIN)/python benchmarks/tenants.py
 	$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt
 	$(BIN)/python benchmarks/transactions.py
 	$(BIN)/python benchmarks/streams.py

@@ -66,6 +66,7 @@ __all__ = [
     "outdate_connections",
     "ping",
     "reinitialize_lock",
+    "root_engine",
     "set_execution_options",
     "socket_number_of",
     "socket_of",
@@ -148,6 +149,16 @@ is_server_side: Callable[[ExecutionContext], bool] = attrgetter("_is_server_side
 def max_overflow(pool: QueuePool) -> int:
     """The ``max_overflow`` of a pool. ``overflow()`` is the current number, and ``size()`` is ``pool_size``."""
     return pool._max_overflow
+
+
+def root_engine(engine: Engine) -> Engine:
+    """The engine that ``execution_options()`` has made another one of, or the engine itself.
+
+    They share the pool and the dialect, and with them most listeners. Nothing public leads from one to the other.
+    """
+    while (proxied := getattr(engine, "_proxied", None)) is not None:
+        engine = proxied
+    return engine
 
 
 def creator_of(pool: Pool) -> Callable[[ConnectionPoolEntry], Any]:

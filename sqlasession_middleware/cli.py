@@ -9,6 +9,7 @@
     $ sqlasession check production.ini --processes 4 --threads 8
     $ sqlasession requests development.ini
     $ sqlasession drop development.ini
+    $ sqlasession create production.ini --all-tenants
 
 INI is the path of a PasteDeploy file. ``#NAME`` after the path selects another application of the file than ``main``.
 Modules that the file names are also imported from the current folder. ``--set NAME=VALUE`` sets a value that the file
@@ -35,15 +36,17 @@ except ImportError as missing:  # pragma: no cover  # in a process of its own
 
 from ._command.ini import Ini, configure_logging, load, read_section
 from ._command.messages import counted, fail, refuse, run_or_fail, title_of
-from ._command.report import print_survey
+from ._command.report import complain_of_inspectors, print_survey
 from ._command.server import SERVER, Workers, read_workers, serve_with_waitress
 from ._command.shell import open_shell
 from ._command.survey import find_inspectors, make_survey
+from ._command.tenants import applications_of, check_all, create_all, tenants_of
 from ._command.wait import Seconds, end_by_signals, wait_for
 
 if TYPE_CHECKING:
     from ._command.requests import Inspector
     from .middleware import SQLASessionMiddleware
+    from .tenants import TenantsMiddleware
 
 __all__ = ["main"]
 
@@ -82,6 +85,16 @@ def _of_an_ini(command: Callable[..., None]) -> Callable[..., None]:
     return click.argument("ini", metavar="INI[#NAME]", callback=_read_ini)(given(command))
 
 
+def _of_a_tenant(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the option ``--tenant``."""
+    return click.option("--tenant", metavar="NAME", help="The tenant, where the ini has a TenantsMiddleware.")(command)
+
+
+def _of_all_tenants(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the option ``--all-tenants``."""
+    return click.option("--all-tenants", is_flag=True, help="One tenant after the other.")(command)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sqlasession_middleware")
 def main() -> None:
@@ -96,25 +109,46 @@ def main() -> None:
 @click.option("--processes", type=click.IntRange(1), help="Processes that serve the application.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each process.")
 @click.option("--development", is_flag=True, help="The ini is for development: the inspector may be on.")
-def check(ini: Ini, processes: int | None, threads: int | None, development: bool) -> None:
+@_of_a_tenant
+@_of_all_tenants
+def check(
+    ini: Ini,
+    processes: int | None,
+    threads: int | None,
+    development: bool,
+    tenant: str | None,
+    all_tenants: bool,
+) -> None:
     """Ping every engine, and compare what a deployment can open with what the servers admit.
 
     Processes and threads are those of the ini's [server:main], unless they are given. Exits with 1 if an engine does
     not answer, if a server admits too few connections, or if the inspector is on without --development.
     """
-    found = read_workers(ini)
-    workers = Workers(processes or found.processes, threads or found.threads)
-    app, applications = _load(ini)
-    survey = make_survey(applications, workers, [] if development else find_inspectors(app))
+    configured = read_workers(ini)
+    workers = Workers(processes or configured.processes, threads or configured.threads)
+    app, found = _load(ini)
+    inspectors = [] if development else find_inspectors(app)
+    if all_tenants:
+        complain_of_inspectors(ini.path, inspectors)
+        check_all(tenants_of(found, ini))
+        sys.exit(1 if inspectors else 0)
+    applications = applications_of(found, ini, tenant)
+    survey = make_survey(applications, workers, inspectors)
     print_survey(ini.path, survey)
     sys.exit(1 if survey.has_problems else 0)
 
 
 @main.command()
 @_of_an_ini
-def create(ini: Ini) -> None:
+@_of_a_tenant
+@_of_all_tenants
+def create(ini: Ini, tenant: str | None, all_tenants: bool) -> None:
     """Create the tables that are not there yet, of every application with a database."""
-    _, applications = _load(ini)
+    _, found = _load(ini)
+    if all_tenants:
+        create_all(tenants_of(found, ini))
+        return
+    applications = applications_of(found, ini, tenant)
     with_tables = [each for each in applications if _count_tables(each)]
     if not with_tables:
         fail(f"{ini} has no tables to create: set 'metadata = package.module:Base.metadata' in it.")
@@ -129,7 +163,8 @@ def create(ini: Ini) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def drop(ini: Ini, yes: bool) -> None:
     """Drop all tables, with everything in them, of every application with a database."""
-    _, applications = _load(ini)
+    _, found = _load(ini)
+    applications = applications_of(found, ini)
     if not yes and not all(_confirm(f"Drop {_describe_tables(each)} of {title_of(each)}?") for each in applications):
         fail("aborted, no tables were dropped.")
     for application in applications:
@@ -155,20 +190,23 @@ def wait(ini: Ini, timeout: float) -> None:
     that, and with 2 if an engine's settings cannot be used.
     """
     with end_by_signals():
-        _, applications = _load(ini)
+        _, found = _load(ini)
+        applications = applications_of(found, ini)
         sys.exit(0 if wait_for(applications, timeout) else 1)
 
 
 @main.command()
 @_of_an_ini
 @click.option("--commit", is_flag=True, help="Commit on exit what was not committed; otherwise it is rolled back.")
-def shell(ini: Ini, commit: bool) -> None:
+@_of_a_tenant
+def shell(ini: Ini, commit: bool, tenant: str | None) -> None:
     """Open a Python shell in the scope of an application.
 
     It has the session, the application, its metadata and all mapped classes ready. It is IPython's, where that is
     installed.
     """
-    _, applications = _load(ini)
+    _, found = _load(ini)
+    applications = applications_of(found, ini, tenant)
     if len(applications) > 1:
         refuse(f"{ini} has {len(applications)} applications with a database: pick one by its name, {ini.path}#NAME.")
     open_shell(applications[0], commit)
@@ -212,12 +250,12 @@ def requests(ini: Ini, request: str | None) -> None:
         print_request(inspector, request)
 
 
-def _load(ini: Ini) -> tuple[Any, list[SQLASessionMiddleware]]:
+def _load(ini: Ini) -> tuple[Any, list[SQLASessionMiddleware | TenantsMiddleware]]:
     """Load an application. Its connections are closed at the end of the command."""
-    app, applications = load(ini)
-    for application in applications:
-        click.get_current_context().call_on_close(application.dispose)
-    return app, applications
+    app, found = load(ini)
+    for each in found:
+        click.get_current_context().call_on_close(each.dispose)
+    return app, found
 
 
 def _confirm(question: str) -> bool:

@@ -17,6 +17,7 @@ __all__ = [
     "IsolationError",
     "ScopeError",
     "TransactionAborted",
+    "UnknownTenantError",
     "nearest",
     "of_application",
     "shown",
@@ -38,6 +39,10 @@ class TransactionAborted(RuntimeError):  # noqa: N818  # the field's term
     PostgreSQL performs a ROLLBACK for a COMMIT of such a transaction and reports no error, so that a request would
     succeed without storing anything.
     """
+
+
+class UnknownTenantError(LookupError):
+    """There is no tenant of a name."""
 
 
 class BreakerOpenError(ConnectionError):

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import add
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 from weakref import WeakKeyDictionary
 
 from opentelemetry.metrics import MeterProvider, Observation, get_meter_provider
@@ -35,6 +36,7 @@ from ._recording.waits import EndKind, TimedWaits
 from ._scope.scope import ENDED, Scope
 from .errors import ConfigurationError, shown
 from .middleware import SQLASessionMiddleware
+from .tenants import TenantsMiddleware
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from ._recording.record import Record
+    from ._tenants.application import TenantApplication
 
 __all__ = ["observe"]
 
@@ -58,28 +61,61 @@ _meters: WeakKeyDictionary[MeterProvider, _Meters] = WeakKeyDictionary()
 _lock = fork_safe_lock()
 
 
-def observe(app: SQLASessionMiddleware, meter_provider: MeterProvider | None = None) -> None:
+def observe(
+    app: SQLASessionMiddleware | TenantsMiddleware,
+    meter_provider: MeterProvider | None = None,
+    *,
+    by_tenant: bool = False,
+) -> None:
     """Have an application's metrics collected from now on.
 
     :param app: an application; with Flask it is ``db.middleware``. Call this once for each, before the first request.
+        Those of a :class:`~sqlasession_middleware.tenants.TenantsMiddleware` are counted together.
     :param meter_provider: OpenTelemetry's; None for the global one.
+    :param by_tenant: whether they are told apart, by ``tenant`` and by ``db.namespace``.
     :raises ConfigurationError: if ``app`` is something else, or is observed already.
     """
+    if isinstance(app, TenantsMiddleware):
+        _observe_tenants(app, meter_provider, by_tenant)
+        return
     if not isinstance(app, SQLASessionMiddleware):
         raise ConfigurationError("app", f"must be a SQLASessionMiddleware, got {shown(app)}.")
+    _observe(app, _meters_of(meter_provider))
+
+
+def _observe_tenants(tenants: TenantsMiddleware, meter_provider: MeterProvider | None, by_tenant: bool) -> None:
+    meters = _meters_of(meter_provider)
+    if tenants.shared is not None:
+        _observe(tenants.shared, meters)  # The pool that all of them share.
+
+    def observe(application: TenantApplication) -> None:
+        _observe(application, meters, {"tenant": application.tenant} if by_tenant else {})
+
+    tenants.on_making(observe)
+
+
+def _meters_of(meter_provider: MeterProvider | None) -> _Meters:
     provider = get_meter_provider() if meter_provider is None else meter_provider
     with _lock:
         meters = _meters.get(provider)
         if meters is None:
             meters = _meters[provider] = _Meters(provider)
+    return meters
+
+
+def _observe(app: SQLASessionMiddleware, meters: _Meters, more: dict[str, str] | None = None) -> None:
+    """Observe one application.
+
+    :param more: attributes that tell a tenant; empty for one that is not told.
+    """
     if app.note_503 is not None:
         raise ConfigurationError("app", "is observed already: call observe() once for each application.")
-    told = {} if app.name is None else {"application": app.name}
+    told = {**({} if app.name is None else {"application": app.name}), **(more or {})}
     app.note_503 = partial(meters.note_503, told)
     app.record_requests(partial(_metered, meters=meters, told=told))
     for name, source in app.named_sources().items():
         pool = name if app.name is None else f"{app.name}.{name}"
-        source.on_creation(partial(meters.observe_engine, name=pool))
+        source.on_creation(partial(meters.observe_engine, name=pool, more=more))
 
 
 class _Meters:
@@ -110,7 +146,7 @@ class _Meters:
         ):
             callback = partial(self._observe_all, of_engine)
             meter.create_observable_up_down_counter(f"db.client.{name}", [callback], unit, what)
-        breaker = partial(self._observe_all, _ObservedEngine.breaker)
+        breaker = partial(self._observe_all, _ObservedEngine.breaker, combine=max)
         meter.create_observable_gauge("sqlasession.breaker.state", [breaker], "1", "1 for the state that it is in.")
         self._outcomes = meter.create_counter(
             "sqlasession.request.transactions", "{transaction}", "How the transactions of requests have ended."
@@ -122,16 +158,25 @@ class _Meters:
             "sqlasession.request.unavailable", "{response}", "Requests that were answered with 503."
         )
 
-    def observe_engine(self, engine: Engine, name: str) -> None:
+    def observe_engine(self, engine: Engine, name: str, more: dict[str, str] | None = None) -> None:
         with _lock:
             if engine not in self._engines:
-                self._engines[engine] = _ObservedEngine(self, engine, name)
+                self._engines[engine] = _ObservedEngine(self, engine, name, more)
 
     def _observe_all(
-        self, of_engine: Callable[[_ObservedEngine, Engine], Iterator[Observation]], options: object
+        self,
+        of_engine: Callable[[_ObservedEngine, Engine], Iterator[Observation]],
+        options: object,
+        combine: Callable[[float, float], float] = add,
     ) -> Iterator[Observation]:
+        # The engines of tenants that are not told apart have the same attributes, and are one series.
+        sums: dict[tuple[tuple[str, Any], ...], float] = {}
         for engine, observed in list(self._engines.items()):
-            yield from of_engine(observed, engine)
+            for each in of_engine(observed, engine):
+                key = tuple((each.attributes or {}).items())
+                sums[key] = combine(sums.get(key, 0), each.value)
+        for key, value in sums.items():
+            yield Observation(value, dict(key))
 
     def note_503(self, told: dict[str, str], reason: str) -> None:
         self._answers.add(1, {**told, "reason": reason})
@@ -145,20 +190,21 @@ class _ObservedEngine(TimedWaits):
     """The listeners of one engine. They lead to it by nothing that would keep it.
 
     :param name: that of its pool.
+    :param more: attributes that tell a tenant; None if there are no tenants, and empty if they are not told apart.
     """
 
-    def __init__(self, meters: _Meters, engine: Engine, name: str) -> None:
+    def __init__(self, meters: _Meters, engine: Engine, name: str, more: dict[str, str] | None = None) -> None:
         super().__init__(engine, meters)
         self._meters = meters
-        self._pool = {"db.client.connection.pool.name": name}
+        self._pool = {"db.client.connection.pool.name": name, **(more or {})}
         url = engine.url
         told = {
             "db.system.name": _SYSTEMS.get(engine.dialect.name, engine.dialect.name),
-            "db.namespace": url.database,
+            "db.namespace": url.database if more is None or more else None,
             "server.address": url.host,
             "server.port": url.port,
         }
-        self._attributes = {key: value for key, value in told.items() if value is not None}
+        self._attributes = {**{key: value for key, value in told.items() if value is not None}, **(more or {})}
         self._ends = {kind: {**self._attributes, "db.operation.name": kind.upper()} for kind in ("commit", "rollback")}
         self._pending = 0
         self._counting = fork_safe_lock()
@@ -266,7 +312,7 @@ class _MeteredScope(Scope):
     """A scope whose request is counted at its end."""
 
     meters: _Meters
-    told: dict[str, str]
+    told: ClassVar[dict[str, str]]
 
     def clear(self) -> None:
         """Forget the scope's values; at the end of the scope, count the request."""

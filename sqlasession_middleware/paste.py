@@ -23,6 +23,7 @@ from ._settings.section import section_name
 from .errors import ConfigurationError
 from .health import HealthMiddleware
 from .middleware import SQLASessionMiddleware
+from .tenants import TenantsMiddleware
 from .transaction import TransactionMiddleware
 from .unavailable import UnavailableMiddleware
 
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
 Middleware = TypeVar("Middleware")
 
-__all__ = ["collect", "collected", "health", "inspector", "main", "transaction", "unavailable"]
+__all__ = ["collect", "collected", "health", "inspector", "main", "tenants", "transaction", "unavailable"]
 
-_collection: ContextVar[list[SQLASessionMiddleware] | None] = ContextVar(
+_collection: ContextVar[list[SQLASessionMiddleware | TenantsMiddleware] | None] = ContextVar(
     "sqlasession_middleware.collection", default=None
 )
 
@@ -54,7 +55,18 @@ def main(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) 
     return middleware
 
 
-def collect(middleware: SQLASessionMiddleware) -> None:
+def tenants(app: WSGIApplication, global_conf: Mapping[str, str], **settings: str) -> TenantsMiddleware:
+    """The ``paste.filter_app_factory`` named ``tenants``.
+
+    :param global_conf: and ``settings``: as for :func:`main`.
+    """
+    place = {key: global_conf[key] for key in PLACE_KEYS if key in global_conf}
+    middleware = TenantsMiddleware.from_config(app, {**place, **settings})
+    collect(middleware)
+    return middleware
+
+
+def collect(middleware: SQLASessionMiddleware | TenantsMiddleware) -> None:
     """Tell whoever collects them of a middleware."""
     collection = _collection.get()
     if collection is not None:
@@ -62,9 +74,9 @@ def collect(middleware: SQLASessionMiddleware) -> None:
 
 
 @contextmanager
-def collected() -> Iterator[list[SQLASessionMiddleware]]:
-    """Collect what :func:`main`, and the include for Pyramid, make inside the block, wherever in an ini file."""
-    collection: list[SQLASessionMiddleware] = []
+def collected() -> Iterator[list[SQLASessionMiddleware | TenantsMiddleware]]:
+    """Collect what this module's filters, and the include for Pyramid, make inside the block, wherever in an ini."""
+    collection: list[SQLASessionMiddleware | TenantsMiddleware] = []
     token = _collection.set(collection)
     try:
         yield collection

@@ -23,6 +23,7 @@ from sqlalchemy.util import immutabledict
 
 from ._database.observers import commits_each_statement
 from ._database.read_only import read_only_engines
+from ._database.reads import BEGINS
 from ._lifecycle.background import BackgroundThreads, call_logged
 from ._recording.blocks import recorded
 from ._recording.repeats import find_repeats
@@ -203,7 +204,8 @@ def assert_queries(count: int) -> Iterator[list[str]]:
     statements: list[str] = []
 
     def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool) -> None:
-        if not (getattr(connection, "is_internal", False) or TRANSACTION_STATEMENT.match(statement)):
+        is_part_of_begin = BEGINS in context.execution_options or TRANSACTION_STATEMENT.match(statement)
+        if not (getattr(connection, "is_internal", False) or is_part_of_begin):
             statements.append(statement)
 
     event.listen(Engine, "before_cursor_execute", note)

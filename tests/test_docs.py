@@ -20,6 +20,7 @@ from sqlasession_middleware._settings import kinds, options
 from sqlasession_middleware._settings.kinds import Kind
 from sqlasession_middleware.health import HealthMiddleware
 from sqlasession_middleware.inspector import InspectorMiddleware
+from sqlasession_middleware.tenants import TenantsMiddleware
 from sqlasession_middleware.transaction import TransactionMiddleware
 from sqlasession_middleware.unavailable import UnavailableMiddleware
 
@@ -57,6 +58,9 @@ OTHERS = {
     "sqlalchemy.binds.NAME.*": "as above",
     "sqlalchemy.replicas": "URLs",
     "sqlalchemy.replicas.*": "as above",
+    "tenants.known_url": "text",
+    "tenants.known_query": "text",
+    "tenants.set_local.*": "text",
     **dict.fromkeys(options.STACKED, TYPES[kinds.BOOLEAN]),
 }
 #: The keys' prefix, the table of them, and whose parameters have their defaults, with how the names begin there.
@@ -71,6 +75,7 @@ TABLES: tuple[tuple[str, Mapping[str, Kind], Callable[..., Any], str], ...] = (
     ("sql_comments.", options.COMMENT_OPTIONS, SQLComments, ""),
     ("", options.HEALTH_OPTIONS, HealthMiddleware, ""),
     ("", options.INSPECTOR_OPTIONS, InspectorMiddleware, ""),
+    ("tenants.", options.TENANTS_OPTIONS, TenantsMiddleware, ""),
 )
 
 
@@ -119,6 +124,7 @@ def test_each_parameter_has_an_ini_key_and_each_key_a_parameter() -> None:
         (UnavailableMiddleware, {*options.STACKED["unavailable"]}),
         (HealthMiddleware, {*options.HEALTH_OPTIONS}),
         (InspectorMiddleware, {*options.INSPECTOR_OPTIONS}),
+        (TenantsMiddleware, {*options.TENANTS_OPTIONS, "bind", "set_local", "options"}),
         (BackgroundThreads, {*options.BACKGROUND_OPTIONS}),
         (SlowRequests, {*options.SLOW_OPTIONS}),
         (SQLComments, {*options.COMMENT_OPTIONS}),

@@ -54,10 +54,11 @@ from sqlasession_middleware.inspector import InspectorMiddleware
 from sqlasession_middleware.models import SavesItself
 from sqlasession_middleware.pyramid import mark_error_retryable
 from sqlasession_middleware.request import Request
+from sqlasession_middleware.tenants import TenantsMiddleware
 from sqlasession_middleware.testing import assert_queries, isolated, no_leaks
 from sqlasession_middleware.transaction import TransactionMiddleware
 
-from . import test_cli, test_health, test_inspector
+from . import test_cli, test_health, test_inspector, test_tenants
 from .conftest import DATABASES_SEEN
 from .ports import free_port
 from .rst import literals, read_page
@@ -955,6 +956,100 @@ def lose_the_store(tmp_path: Path) -> None:
     app = InspectorMiddleware(nothing, store=str(tmp_path / "store"))
     (tmp_path / "store" / "requests.sqlite3").mkdir()
     call(app)
+
+
+# Tenants. Most arguments are from the table of another test, which knows more of what is refused.
+
+WRONG_TENANTS: dict[str, str] = {
+    "… must have {tenant} in its database or user, or differ by 'schema' or 'set_local'.": "no place",
+    "… may have {tenant} in its database and its user, and nowhere else.": "place in the host",
+    "… cannot have {tenant} or be a callable together with 'schema' or 'set_local', which share a pool.": "both",
+    "… cannot be used where all tenants share a pool: give each its own, with {tenant} in 'bind'.": "replicas",
+    "… cannot be used together with 'schema' or 'set_local', which are set when a transaction begins.": "twophase",
+    "… is for PostgreSQL only: give each tenant a schema or a database.": "no PostgreSQL",
+    "… must be {tenant} with letters a to z, digits, '-' or '_' around it, got …": "schema with a quote",
+    "… must be a dict of settings, got …": "no settings",
+    "… must have names of PostgreSQL's settings as keys, got …": "no setting",
+    "… must be a text without '%', got …": "percent",
+    "… must be 'host', 'subdomain', 'path', 'header:NAME', a callable of environ, or its dotted name, got …": (
+        "resolver"
+    ),
+    "… must have the name of a header after 'header:', got …": "header",
+    "… must be set with tenant='subdomain', and only then: such as 'example.com'.": "no domain",
+    "… must be set with tenant='host', and only then: the tenant of each host.": "no hosts",
+    "… must be a domain such as 'example.com', got …": "domain",
+    "… must be the names of the tenants, or what tells them, got None.": "known",
+    "… must be names of up to … of a to z, 0 to 9, '-' and '_', got …": "known name",
+    "… must have 'bind', a database, and 'query', a SELECT of the names.": "known dict",
+}
+
+
+def tenants(**options: Any) -> TenantsMiddleware:
+    given = {"bind": "sqlite:///{tenant}.db", "tenant": "header:X-Tenant", "known": ["acme"], **options}
+    return TenantsMiddleware(nothing, given.pop("bind"), **given)
+
+
+def refuse_tenants(case: str) -> Callable[[], object]:
+    return lambda: tenants(**test_tenants.REFUSED[case][0])
+
+
+PROVOKERS.update({message: refuse_tenants(case) for message, case in WRONG_TENANTS.items()})
+
+
+@provokes("… is missing: see the reference of ini keys.")
+def forget_who_is_known() -> None:
+    TenantsMiddleware.from_config(nothing, {"sqlalchemy.url": "sqlite://", "tenants.tenant": "path"})
+
+
+@provokes("There is no tenant …: 'known' does not have it.")
+def enter_nobodys_context() -> None:
+    tenants().context("nobody")
+
+
+@provokes("A tenant's connection cannot be in AUTOCOMMIT, or in a transaction of two phases: …")
+def begin_two_phases(postgresql_url: str) -> None:
+    app = tenants(bind=postgresql_url, schema="{tenant}")
+    try:
+        with app.application("acme").engine.connect() as connection:
+            connection.begin_twophase()
+    finally:
+        app.dispose()
+
+
+@provokes("There is nothing at this address.")
+def ask_for_nobody() -> Any:
+    return call(tenants(), HTTP_X_TENANT="nobody")
+
+
+def fail_to_know() -> None:
+    answers = iter([["acme", "no name"]])
+    app = tenants(known=lambda: next(answers), known_seconds=1e-9)
+    call(app, HTTP_X_TENANT="nobody")
+    call(app, HTTP_X_TENANT="nobody")
+    call(tenants(known=lambda: next(answers)), HTTP_X_TENANT="nobody")
+
+
+provokes("The names of the tenants cannot be asked for: those that were known go on")(fail_to_know)
+provokes("The names of the tenants cannot be asked for: a request is answered with 503")(fail_to_know)
+provokes("… names of tenants are ignored: they have another form than a-z, 0-9, - and _, or are too long")(fail_to_know)
+
+
+@provokes("error: … has tenants: give --tenant NAME or --all-tenants to a command that takes it.")
+def create_nobodys_tables(tmp_path: Any) -> Result:
+    return command("create", test_tenants.ini_of_tenants(tmp_path))
+
+
+@provokes("error: … has … with tenants, where one is needed: pick another application by …#NAME.")
+def create_tables_of_no_tenants(ini: Any) -> Result:
+    return command("create", ini({"sqlalchemy.url": "sqlite://"}), "--all-tenants")
+
+
+def check_with_one_that_is_away(tmp_path: Any) -> Result:
+    return command("check", test_tenants.ini_of_tenants(tmp_path, known="acme, away"), "--all-tenants")
+
+
+provokes("error: the tenant …: …")(check_with_one_that_is_away)
+provokes("error: … of … have failed: …")(check_with_one_that_is_away)
 
 
 # The command.

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -34,13 +35,15 @@ from opentelemetry.instrumentation.sqlalchemy import SQLAlchemyInstrumentor
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from paste.deploy import loadapp
-from sqlalchemy import delete, event, inspect, select, text
+from sqlalchemy import create_engine, delete, event, inspect, make_url, select, text
 from sqlalchemy.orm import Session
 from werkzeug.test import Client
 from werkzeug.wsgi import ClosingIterator
 
 from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware.testing import no_leaks
+
+from .conftest import DATABASES_SEEN
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -271,6 +274,58 @@ def test_migration_is_written_when_the_models_have_changed(migrations: Path) -> 
     command.upgrade(configured(migrations), "head")
     command.check(configured(migrations))
     command.downgrade(configured(migrations), "base")
+
+
+def test_each_tenant_is_migrated(migrations: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config(str(migrations / "tenants.ini"))
+    config.cmd_opts = Namespace(x=["tenant=globex"])
+    command.upgrade(config, "head")
+    assert not (migrations / "acme.db").exists()
+    (migrations / "acme.db").mkdir()
+    with pytest.raises(SystemExit, match="1 of 2 tenants have failed: acme"):
+        command.upgrade(Config(str(migrations / "tenants.ini")), "head")
+    assert "2 of 2: globex is migrated" in capsys.readouterr().out
+    (migrations / "acme.db").rmdir()
+    command.upgrade(Config(str(migrations / "tenants.ini")), "head")
+    app = loadapp(f"config:{migrations}/tenants.ini")
+    for name in app.names():
+        with app.context(name):
+            assert session.execute(text("SELECT version_num FROM alembic_version")).all() == [("0001",)]
+            assert session.execute(text("SELECT * FROM product")).all() == []
+    app.dispose()
+
+
+def test_schemas_are_migrated_by_several_processes_at_once(migrations: Path) -> None:
+    url = make_url(DATABASES_SEEN.url("postgresql", "")).render_as_string(hide_password=False).replace("%", "%%")
+    ini = migrations / "tenants.ini"
+    names = [f"m{number}" for number in range(4)]
+    ini.write_text(
+        ini.read_text()
+        .replace("sqlite:///%(here)s/{tenant}.db", url + "\ntenants.schema = {tenant}")
+        .replace("acme, globex", ", ".join(names))
+    )
+    engine = create_engine(make_url(DATABASES_SEEN.url("postgresql", "")))
+
+    def drop() -> None:
+        with engine.begin() as connection:
+            for name in names:
+                connection.execute(text(f"DROP SCHEMA IF EXISTS {name} CASCADE"))
+
+    drop()
+    try:
+        command_line = [sys.executable, "-m", "alembic", "-c", "tenants.ini", "upgrade", "head"]
+        running = [subprocess.Popen(command_line, cwd=migrations, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+        for each in running:
+            _, said = each.communicate(timeout=120)
+            assert each.returncode == 0, said
+        with engine.connect() as connection:
+            for name in names:
+                assert connection.execute(text(f"SELECT version_num FROM {name}.alembic_version")).all() == [("0001",)]
+                assert connection.execute(text(f"SELECT * FROM {name}.product")).all() == []
+            assert not inspect(connection).has_table("alembic_version", "public")
+    finally:
+        drop()
+        engine.dispose()
 
 
 def test_sql_is_written_when_alembic_is_offline(migrations: Path) -> None:

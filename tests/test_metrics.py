@@ -29,7 +29,9 @@ from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, doom, metrics, session
 from sqlasession_middleware.errors import ConfigurationError
+from sqlasession_middleware.tenants import TenantsMiddleware
 
+from .conftest import DATABASES_SEEN
 from .ports import free_port
 from .wsgi import Environ, StartResponse
 
@@ -435,3 +437,54 @@ def test_application_is_checked(collected: Collected) -> None:
 def test_package_does_not_import_opentelemetry() -> None:
     code = "import sys, sqlasession_middleware; sys.exit('opentelemetry' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def tenant_of(name: str) -> str:
+    return "sqlite://"
+
+
+@pytest.mark.parametrize("by_tenant", [False, True])
+def test_tenants_are_one_series_unless_they_are_told_apart(by_tenant: bool) -> None:
+    collected = Collected()
+    tenants = TenantsMiddleware(
+        answer, tenant_of, tenant="header:X-Tenant", known=["acme", "globex"], metadata=Base.metadata
+    )
+    metrics.observe(tenants, collected.provider, by_tenant=by_tenant)
+    for name in ("acme", "globex"):
+        tenants.init_database(name)
+        ask(tenants, HTTP_X_TENANT=name)
+    idle = ("db.client.connection.state", "idle")
+    pool = ("db.client.connection.pool.name", "default")
+    each = [(("tenant", name),) for name in ("acme", "globex")] if by_tenant else [()]
+    counts = collected.points("db.client.connection.count")
+    assert {key: value for key, value in counts.items() if idle in key} == {
+        (pool, idle, *more): 2 / len(each) for more in each
+    }
+    assert set(collected.points("sqlasession.request.attempts")) == set(each)
+    told = {name for key in collected.points("db.client.operation.duration") for name, _ in key}
+    assert ("tenant" in told) is by_tenant
+    assert "db.namespace" not in told  # An SQLite database in memory has no name.
+    tenants.dispose()
+
+
+def test_pool_that_tenants_share_is_observed_once() -> None:
+    collected = Collected()
+    tenants = TenantsMiddleware(
+        answer,
+        DATABASES_SEEN.url("postgresql", ""),
+        tenant="header:X-Tenant",
+        known=["acme", "globex"],
+        metadata=Base.metadata,
+        schema="metrics_{tenant}",
+    )
+    metrics.observe(tenants, collected.provider)
+    for name in ("acme", "globex"):
+        tenants.init_database(name)
+        ask(tenants, HTTP_X_TENANT=name)
+    counts = collected.points("db.client.connection.count")
+    assert counts[(*POOL.items(), ("db.client.connection.state", "idle"))] == 1
+    assert collected.points("sqlasession.request.transactions") == {(("outcome", "only read"),): 2}
+    with tenants.shared.engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA metrics_acme CASCADE"))
+        connection.execute(text("DROP SCHEMA metrics_globex CASCADE"))
+    tenants.dispose()

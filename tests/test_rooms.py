@@ -8,8 +8,9 @@ from .sources import module_files, parse
 
 #: From the bottom up: a module imports from its own room, and from rooms before it; the package itself is the last.
 ROOMS = "errors _dependencies _wsgi _drivers failures _settings _scope _database _recording _sessions _lifecycle"
-ROOMS += " _transaction transaction unavailable leaks capacity middleware metrics _typing pages models request testing"
-ROOMS += " pytest_plugin health _inspector inspector paste _flask flask_sqlalchemy _pyramid pyramid _command"
+ROOMS += " _transaction transaction unavailable leaks capacity middleware _tenants tenants metrics _typing pages"
+ROOMS += " models request testing pytest_plugin health _inspector inspector paste _flask flask_sqlalchemy _pyramid"
+ROOMS += " pyramid _command"
 PLACES = {room: place for place, room in enumerate((*ROOMS.split(), "cli", ""))}
 
 

@@ -26,7 +26,7 @@ SEARCHED = {
     "kubernetes": "production",
     "rolling deploy": "production",
     "rotating passwords": "production",
-    "tenant": "usage",
+    "tenant": "tenants",
     "multiple databases": "binds",
     "pool exhausted": "deployment",
     "websocket": "websockets",

@@ -17,6 +17,7 @@ from .messages import refuse
 
 if TYPE_CHECKING:
     from ..middleware import SQLASessionMiddleware
+    from ..tenants import TenantsMiddleware
 
 __all__ = ["Ini", "configure_logging", "load", "read_section"]
 
@@ -40,8 +41,8 @@ class Ini(NamedTuple):
         return f"{self.path}#{self.name}" if self.name else self.path
 
 
-def load(ini: Ini) -> tuple[Any, list[SQLASessionMiddleware]]:
-    """Load the application, and return it with every :class:`SQLASessionMiddleware` that is part of it.
+def load(ini: Ini) -> tuple[Any, list[SQLASessionMiddleware | TenantsMiddleware]]:
+    """Load the application, and return it with every middleware with a database that is part of it.
 
     Exits with 2 if it cannot be loaded, or if no such middleware is part of it.
     """

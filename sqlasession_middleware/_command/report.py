@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import click
 
 from ..capacity import Capacity, aligned
 from .messages import complain, counted
 from .survey import ApplicationSurvey, Demand, EngineSurvey, Survey
 
-__all__ = ["print_survey"]
+__all__ = ["complain_of_inspectors", "print_survey"]
 
 
 def print_survey(path: str, survey: Survey) -> None:
@@ -27,12 +29,21 @@ def print_survey(path: str, survey: Survey) -> None:
         click.echo(_comparison(demand))
     for capacity, ping in survey.unanswered():
         complain(f"{capacity.name} ({capacity.server}) does not answer: {ping.problem}")
-    for inspector in survey.inspectors:
+    complain_of_inspectors(path, survey.inspectors)
+    for demand in survey.unmet():
+        complain(f"{_comparison(demand)}. Lower pool_size and max_overflow, or raise the limit.")
+
+
+def complain_of_inspectors(path: str, inspectors: Iterable[str]) -> None:
+    """Print to the standard error which inspectors should not be there.
+
+    :param path: the path of the ini file.
+    :param inspectors: their paths.
+    """
+    for inspector in inspectors:
         complain(
             f"the inspector is on, at {inspector}: take it out of {path}, or give --development if nobody else uses it."
         )
-    for demand in survey.unmet():
-        complain(f"{_comparison(demand)}. Lower pool_size and max_overflow, or raise the limit.")
 
 
 def _table(application: ApplicationSurvey) -> str:

@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakKeyDictionary, WeakSet, ref
 
-from sqlalchemy import Engine, event
+from sqlalchemy import URL, Engine, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import Pool
 
-from .._dependencies import outdate_pool
+from .._dependencies import outdate_pool, root_engine
 from .._drivers.registry import UNKNOWN, driver_of, driver_that_made
 from ..errors import BreakerOpenError, DeadlineError
 from ..failures import Failure, classify
@@ -76,6 +76,9 @@ class Breaker:
     :param on_open: called with the cause when it opens, and not again until it was closed.
     :param on_close: called when it closes.
     """
+
+    #: whose breaker it is
+    engines: WeakSet[Engine]
 
     def __init__(
         self, failures: int, seconds: float, on_open: Callable[[BaseException], None], on_close: Callable[[], None]
@@ -211,19 +214,47 @@ def ask_server(connection: PoolProxiedConnection, dialect: Dialect) -> None:
 
 
 def guard(owner: Any, failures: int, seconds: float) -> None:
-    """Have a breaker for each engine of an application that has none. Replicas have one of their own."""
-    for engine in engines_of(owner):
+    """Have a breaker for each engine of an application that has none. Replicas have one of their own.
+
+    :param owner: may have ``breakers``, by their servers, which several applications share.
+    """
+    shared: dict[str, Breaker] | None = getattr(owner, "breakers", None)
+    for engine in map(root_engine, engines_of(owner)):
         if engine not in read_only_engines and _registered(engine) is None:
             with _lock:
                 if _registered(engine) is None:  # pragma: no branch  # another thread may have been faster
-                    _guard(engine, failures, seconds)
+                    _guard(engine, failures, seconds, shared)
 
 
-def _guard(engine: Engine, failures: int, seconds: float) -> None:
-    found, url, name = ref(engine), engine.url, shown_url(engine.url)
+def _guard(engine: Engine, failures: int, seconds: float, shared: dict[str, Breaker] | None) -> None:
+    url, name = engine.url, shown_url(engine.url)
+    if shared is None or not driver_of(engine).server.is_networked:
+        breaker = _make_breaker(name, url, failures, seconds)
+    else:
+        # One server has the databases of many tenants, and it is the server that is out of reach.
+        name = shown_url(URL.create(url.drivername, host=url.host, port=url.port))
+        place = f"{name}?{sorted(each for each in url.normalized_query.items() if each[0] in ('host', 'port'))}"
+        if place not in shared:
+            shared[place] = _make_breaker(name, url, failures, seconds)
+        breaker = shared[place]
+    breaker.engines.add(engine)
+    register(engine, breaker)
+
+    def note_answer(driver_connection: Any, record: object) -> None:
+        if driver_connection is not None:
+            breaker.note_answer()
+
+    # A new connection is no answer of the server, if there is a pooler in front of it.
+    event.listen(engine, "checkin", note_answer)
+    _guard_pool(engine.pool, breaker, name, engine.dialect)
+
+
+def _make_breaker(name: str, url: URL, failures: int, seconds: float) -> Breaker:
+    engines: WeakSet[Engine] = WeakSet()
 
     def say_open(error: BaseException) -> None:
-        forget_connections(found(), error)
+        for engine in list(engines):
+            forget_connections(engine, error)
         said = without_secrets(" ".join(str(error).split()), url, {})
         logger.warning(
             "The database %s is out of reach: whoever needs it is told so at once for %g s, then one request tries it"
@@ -237,15 +268,8 @@ def _guard(engine: Engine, failures: int, seconds: float) -> None:
         logger.warning("The database %s is reachable again", name)
 
     breaker = Breaker(failures, seconds, say_open, say_closed)
-    register(engine, breaker)
-
-    def note_answer(driver_connection: Any, record: object) -> None:
-        if driver_connection is not None:
-            breaker.note_answer()
-
-    # A new connection is no answer of the server, if there is a pooler in front of it.
-    event.listen(engine, "checkin", note_answer)
-    _guard_pool(engine.pool, breaker, name, engine.dialect)
+    breaker.engines = engines
+    return breaker
 
 
 def _guard_pool(pool: Pool, breaker: Breaker, name: str, dialect: Dialect) -> None:
@@ -276,11 +300,11 @@ def forget_connections(engine: Engine | None, error: BaseException) -> None:
 def register(engine: Engine, breaker: Breaker) -> None:
     """Have an engine's breaker found by :func:`breaker_state` and :func:`note_silence`, unless it has one."""
     if _registered(engine) is None:
-        _by_engine[engine] = ref(breaker)
+        _by_engine[root_engine(engine)] = ref(breaker)
 
 
 def _registered(engine: Engine | None) -> Breaker | None:
-    found = None if engine is None else _by_engine.get(engine)
+    found = None if engine is None else _by_engine.get(root_engine(engine))
     return None if found is None else found()
 
 

@@ -26,7 +26,7 @@ from weakref import WeakSet, ref
 
 from sqlalchemy import event
 
-from .._dependencies import came_from_commit, is_server_side
+from .._dependencies import came_from_commit, is_server_side, root_engine
 from .._drivers.registry import driver_of
 from .._scope.deadline import begin_unit, current_deadline, now
 from ..errors import DeadlineError
@@ -61,6 +61,7 @@ def limit_nested(owner: Application) -> None:
 
 def limit_waits(engine: Engine) -> None:
     """Have all waits for an engine end by the deadline of the scope that waits."""
+    engine = root_engine(engine)
     if engine in _limited:
         return
     with _listening:

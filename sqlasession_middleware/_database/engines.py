@@ -131,6 +131,15 @@ class EngineSource:
                     self._engine = engine
         return self._engine
 
+    @property
+    def created(self) -> Engine | None:
+        """The engine, if it was created."""
+        return self._engine
+
+    def sets(self, argument: str) -> bool:
+        """Whether the application has set an argument of the driver, or has made the engine itself."""
+        return self.given or argument in self.url.query or argument in (self._options or {}).get("connect_args", ())
+
     def on_creation(self, call: Callable[[Engine], None]) -> None:
         """Call a function with the engine when it is created, or now if it exists."""
         if self._engine is not None:

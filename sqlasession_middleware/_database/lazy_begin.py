@@ -29,7 +29,7 @@ from .._drivers.registry import driver_of
 from .comment_text import without_comment
 from .forks import fork_safe_lock
 from .plain_reads import is_plain_read, remember_as_writing
-from .reads import is_watched, was_handed_out
+from .reads import BEGINS, FIRST, is_watched, was_handed_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from .._drivers.psycopg_pipeline import Pipeline
 
-__all__ = ["begin_lazily", "begin_now", "count_waits"]
+__all__ = ["begin_lazily", "begin_now", "begins_lazily", "count_waits"]
 
 #: The key in the ``info`` of a connection that says whether the server begins its transactions at READ COMMITTED.
 _IS_READ_COMMITTED: Final = "sqlasession_middleware.is_read_committed"
@@ -87,8 +87,16 @@ def count_waits(dialect: Dialect, note: Callable[[int], None]) -> None:
         lazy.pipeline = lazy.pipeline.counting(note)
 
 
+def begins_lazily(engine: Engine) -> bool:
+    """Whether the transactions of an engine begin with their first statement."""
+    return engine.dialect in _begun_lazily and driver_of(engine).pipeline() is not None
+
+
 def begin_now(connection: Connection) -> None:
     """Begin the transaction that reads have left out, because the connection is handed out to the application."""
+    first = connection.get_execution_options().get(FIRST)
+    if first is not None and driver_of(connection).is_idle(connection):
+        connection.exec_driver_sql(first, execution_options={BEGINS: True})
     left_out: Callable[[Any], None] | None = getattr(connection, _LEFT_OUT, None)
     if left_out is not None and not (connection.closed or connection.invalidated):
         left_out(connection.connection.dbapi_connection)
@@ -112,22 +120,28 @@ class _LazyBegin:
 
     def execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
         dialect = context.dialect
-        if not self.pipeline.is_idle(cursor) or len(dialect.dispatch.do_execute) > self._listeners:
+        if not self.pipeline.is_idle(cursor):
             return False
+        if len(dialect.dispatch.do_execute) > self._listeners:
+            return _leave(cursor, _first_of(context))
         call = partial(dialect.do_execute, cursor, statement, parameters, context)
         return self._begin(cursor, statement, parameters, context, call)
 
     def execute_many(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
         dialect = context.dialect
-        if not self.pipeline.is_idle(cursor) or len(dialect.dispatch.do_executemany) > self._listeners:
+        if not self.pipeline.is_idle(cursor):
             return False
+        if len(dialect.dispatch.do_executemany) > self._listeners:
+            return _leave(cursor, _first_of(context))
         call = partial(dialect.do_executemany, cursor, statement, parameters, context)
         return self._begin(cursor, statement, parameters, context, call)
 
     def execute_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
         dialect = context.dialect
-        if not self.pipeline.is_idle(cursor) or len(dialect.dispatch.do_execute_no_params) > self._listeners:
+        if not self.pipeline.is_idle(cursor):
             return False
+        if len(dialect.dispatch.do_execute_no_params) > self._listeners:
+            return _leave(cursor, _first_of(context))
         call = partial(dialect.do_execute_no_params, cursor, statement, context)
         return self._begin(cursor, statement, None, context, call)
 
@@ -139,30 +153,32 @@ class _LazyBegin:
         connection = context.root_connection
         transaction = connection.get_transaction()
         # Without one SQLAlchemy asks a new server what it is. Listeners may still change the connection.
-        if begin is None or transaction is None or isinstance(transaction, TwoPhaseTransaction):
-            return False
+        has_begun = transaction is not None or BEGINS in context.execution_options
+        first = _first_of(context)
+        if begin is None or not has_begun or isinstance(transaction, TwoPhaseTransaction):
+            return _leave(cursor, first)
         info = connection.connection.info
         is_read_committed = begin.is_read_committed or info.get(_IS_READ_COMMITTED)
         if is_read_committed is False:
-            return False
+            return _leave(cursor, first)
         may_be_alone = is_read_committed and not was_handed_out(connection)
         refused = None
         if may_be_alone and is_plain_read(statement, parameters, context):
             text = _text_of(statement, context)
             known = self._can_be_alone.get(text)
             if known is not False:
-                outcome = pipeline.read(begin, cursor, call, is_known=known is True)
+                outcome = pipeline.read(begin, cursor, call, is_known=known is True, first=first)
                 if outcome is outcome.DONE:
                     self._remember(text, True)
-                    setattr(connection, _LEFT_OUT, partial(pipeline.begin_alone, begin))
+                    setattr(connection, _LEFT_OUT, partial(pipeline.begin_alone, begin, first=first))
                     return True
                 if outcome is outcome.WRITES:
                     remember_as_writing(statement)
                 elif outcome is outcome.REFUSED:
                     refused = text
         if not parameters and (not isinstance(statement, str) or ";" in statement):
-            return False  # It may be several statements, which only psycopg's usual mode can send.
-        level = pipeline.begin(begin, cursor, call, ask_level=is_read_committed is None)
+            return _leave(cursor, first)  # It may be several statements, which only psycopg's usual mode can send.
+        level = pipeline.begin(begin, cursor, call, ask_level=is_read_committed is None, first=first)
         if level is not None:
             info[_IS_READ_COMMITTED] = level == "read committed"
         if refused is not None:
@@ -174,6 +190,22 @@ class _LazyBegin:
             if len(self._can_be_alone) >= _REMEMBERED_AT_MOST:
                 self._can_be_alone.clear()
             self._can_be_alone[text] = can_be_alone
+
+
+def _first_of(context: ExecutionContext) -> tuple[str, ...]:
+    """What the transaction has to begin with, unless this is it, or there is no transaction."""
+    connection = context.root_connection
+    first = connection.get_execution_options().get(FIRST)
+    if first is None or connection.get_transaction() is None or BEGINS in context.execution_options:
+        return ()
+    return (first,)
+
+
+def _leave(cursor: Any, first: tuple[str, ...]) -> bool:
+    """Leave a statement to SQLAlchemy, after what its transaction begins with. psycopg sends BEGIN before that."""
+    for statement in first:
+        cursor.connection.cursor().execute(statement)
+    return False
 
 
 def _text_of(statement: str, context: ExecutionContext) -> str:

@@ -19,6 +19,7 @@ from .._dependencies import (
     came_from_commit,
     came_from_rollback,
     outdate_connections,
+    root_engine,
 )
 from .._drivers.registry import driver_by_dialect, driver_of
 from .._scope.deadline import shortest_deadline
@@ -60,7 +61,7 @@ _listening = fork_safe_lock()
 
 def observe_failures(owner: Application) -> None:
     """Note the failures of an application's engines in the scopes that meet them."""
-    for engine in engines_of(owner):
+    for engine in map(root_engine, engines_of(owner)):
         if engine not in _observed_for_failures:
             with _listening:
                 _listen_for_failures(engine)
@@ -82,7 +83,7 @@ def observe_commits(owner: Application) -> None:
     These listeners cost some microseconds for each connection. They are there only where requests may be repeated,
     which is what the count is for.
     """
-    for engine in engines_of(owner):
+    for engine in map(root_engine, engines_of(owner)):
         if engine not in _observed_for_commits and engine not in read_only_engines:
             event.listen(engine, "begin", _count_autocommit)
             event.listen(engine, "commit", _count_engine_commit)

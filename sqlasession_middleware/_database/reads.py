@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import ExecutionContext
 
 __all__ = [
+    "BEGINS",
+    "FIRST",
     "has_locked",
     "has_only_read",
     "has_unread_rows",
@@ -34,6 +36,13 @@ __all__ = [
     "was_handed_out",
     "watch_reads",
 ]
+
+#: The execution option of a statement that is a part of BEGIN: it sets something for the transaction that begins now.
+BEGINS: Final = "sqlasession_begins"
+
+#: The execution option of an engine with a statement that each transaction has to begin with, and that is sent together
+#: with the first one of the application.
+FIRST: Final = "sqlasession_first"
 
 # Attributes that this module adds to objects of SQLAlchemy. Each statement looks at one of them, so that a set of weak
 # references, whose every look is Python code, would cost more than all the rest.
@@ -74,7 +83,7 @@ def is_watched(engine: Engine) -> bool:
 def _note(cursor: Any, statement: Any, parameters: Any, context: ExecutionContext) -> None:
     if is_server_side(context):
         note_rows(context)
-    if judge(statement) is Reading.DOUBTFUL:
+    if judge(statement) is Reading.DOUBTFUL and BEGINS not in context.execution_options:
         setattr(context.root_connection, _DOUBTFUL, True)
         # The expression has no fixed beginning: by itself it takes as long as thirty calls of Python functions.
         if isinstance(statement, str) and "advisory" in statement.lower() and _LOCKS.search(statement):

@@ -9,13 +9,22 @@ from functools import partial
 
 from sqlalchemy import Connection, Engine, Inspector, MetaData, Table, inspect
 from sqlalchemy.exc import DBAPIError, NoSuchTableError
+from sqlalchemy.schema import CreateSchema
 
 from .._drivers.registry import driver_of
 from ..failures import Failure, classify
 from .binds import key_of
 from .forks import fork_safe_lock
 
-__all__ = ["TablesOf", "create_tables", "drop_tables", "metadata", "tables_by_key", "warn_of_no_tables"]
+__all__ = [
+    "TablesOf",
+    "create_schema",
+    "create_tables",
+    "drop_tables",
+    "metadata",
+    "tables_by_key",
+    "warn_of_no_tables",
+]
 
 #: The metadata of each application that is not given one.
 metadata = MetaData()
@@ -52,6 +61,22 @@ def warn_of_no_tables(collections: Collection[MetaData]) -> None:
             " before, or pass the metadata that they are in, SQLASessionMiddleware(…, metadata=Base.metadata).",
             UserWarning,
             stacklevel=3,
+        )
+
+
+def create_schema(engine: Engine, name: str) -> None:
+    """Create a schema, if it does not exist. Several threads and processes may do so at the same time."""
+
+    def create(connection: Connection, wanted: object) -> None:
+        connection.execute(CreateSchema(name, if_not_exists=True))
+
+    alone = driver_of(engine).server.creating
+    with _creating:
+        # PostgreSQL may have looked for the schema, and found none, before it has waited for the others.
+        _repeat_if_lost(
+            partial(_change_alone, engine, alone, create, None),
+            driver_of(engine).says_exists,
+            lambda: inspect(engine).get_schema_names(),
         )
 
 

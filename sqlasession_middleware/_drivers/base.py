@@ -295,6 +295,9 @@ class Driver:
         """Whether it has the server prepare a statement whose text is sent often."""
         return False
 
+    def stop_preparing(self, driver_connection: Any) -> None:
+        """Have it not do so from now on."""
+
     def is_idle(self, connection: Connection) -> bool:
         """Whether no transaction is open, as the driver knows without asking the server; False if it does not."""
         return False

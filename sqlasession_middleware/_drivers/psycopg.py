@@ -35,6 +35,9 @@ class Psycopg(LibpqDriver):
     def prepares(self, driver_connection: Any) -> bool:
         return read_attribute(driver_connection, "prepare_threshold") is not None
 
+    def stop_preparing(self, driver_connection: Any) -> None:
+        driver_connection.prepare_threshold = None
+
     def waits_of(self, cursor: Any, statement: object, many: int | None) -> int:
         # A server-side cursor, which has a name, is declared and described. executemany() uses the pipeline mode.
         return 2 if hasattr(cursor, "name") else 1

@@ -113,17 +113,20 @@ class Pipeline:
             return None
         return _BEGINS.get((connection.isolation_level, connection.read_only))
 
-    def read(self, begin: Begin, cursor: Any, execute: Callable[[], object], is_known: bool) -> Outcome:
+    def read(
+        self, begin: Begin, cursor: Any, execute: Callable[[], object], is_known: bool, first: tuple[str, ...] = ()
+    ) -> Outcome:
         """Execute a SELECT in a transaction of its own, which cannot write.
 
         :param execute: executes it with ``cursor``.
+        :param first: what the transaction begins with.
         :param is_known: whether the same was done before, so that it is known to use nothing but tables.
         """
         connection = cursor.connection
         steps = (execute, "COMMIT") if is_known else (execute, _REFUSE_OTHER_THAN_TABLES, "COMMIT")
         try:
             setattr(connection, AUTOCOMMIT, True)  # Here, as a signal may raise an exception at any time.
-            _send(connection, begin.read_only, *steps)
+            _send(connection, begin.read_only, *first, *steps)
         except ReadOnlySqlTransaction:
             if connection.read_only:
                 raise
@@ -148,11 +151,19 @@ class Pipeline:
             setattr(connection, AUTOCOMMIT, False)
         return Outcome.DONE
 
-    def begin(self, begin: Begin, cursor: Any, execute: Callable[[], object], ask_level: bool = False) -> str | None:
+    def begin(
+        self,
+        begin: Begin,
+        cursor: Any,
+        execute: Callable[[], object],
+        ask_level: bool = False,
+        first: tuple[str, ...] = (),
+    ) -> str | None:
         """Begin a transaction with its first statement.
 
         :param execute: executes it with ``cursor``.
         :param ask_level: ask for the isolation level as well.
+        :param first: what the transaction begins with.
         :returns: the isolation level in lower case, if it was asked for.
         """
         connection = cursor.connection
@@ -160,27 +171,28 @@ class Pipeline:
         try:
             setattr(connection, AUTOCOMMIT, True)
             if control is None:
-                _send(connection, begin.text, execute)
+                _send(connection, begin.text, *first, execute)
                 return None
-            _send(
-                connection, begin.text, partial(control.execute, "SHOW transaction_isolation", prepare=False), execute
-            )
+            ask = partial(control.execute, "SHOW transaction_isolation", prepare=False)
+            _send(connection, begin.text, ask, *first, execute)
         finally:
             setattr(connection, AUTOCOMMIT, False)
         row: Any = control.fetchone()
         return str(row[0])
 
-    def begin_alone(self, begin: Begin, connection: Any) -> None:
+    def begin_alone(self, begin: Begin, connection: Any, first: tuple[str, ...] = ()) -> None:
         """Begin a transaction before whatever comes next, unless one is open.
 
         :param connection: psycopg's. If it is lost, what comes next will tell.
+        :param first: what the transaction begins with.
         """
         if connection.pgconn.transaction_status != _IDLE or connection.autocommit:
             return
         try:
             setattr(connection, AUTOCOMMIT, True)
             with suppress(Error):
-                Cursor(connection).execute(begin.text, prepare=False)
+                for statement in (begin.text, *first):
+                    Cursor(connection).execute(statement, prepare=False)
         finally:
             setattr(connection, AUTOCOMMIT, False)
 
@@ -194,23 +206,32 @@ class CountingPipeline(Pipeline):
     def __init__(self, note: Callable[[int], None]) -> None:
         self._note = note
 
-    def read(self, begin: Begin, cursor: Any, execute: Callable[[], object], is_known: bool) -> Outcome:
+    def read(
+        self, begin: Begin, cursor: Any, execute: Callable[[], object], is_known: bool, first: tuple[str, ...] = ()
+    ) -> Outcome:
         outcome = None
         try:
-            outcome = super().read(begin, cursor, execute, is_known)
+            outcome = super().read(begin, cursor, execute, is_known, first)
             return outcome
         finally:
             # In vain it has waited for the read and for ROLLBACK, and the statement is still to be sent.
             self._note(-1 if outcome in (None, Outcome.DONE) else 2)
 
-    def begin(self, begin: Begin, cursor: Any, execute: Callable[[], object], ask_level: bool = False) -> str | None:
+    def begin(
+        self,
+        begin: Begin,
+        cursor: Any,
+        execute: Callable[[], object],
+        ask_level: bool = False,
+        first: tuple[str, ...] = (),
+    ) -> str | None:
         self._note(-1)
-        return super().begin(begin, cursor, execute, ask_level)
+        return super().begin(begin, cursor, execute, ask_level, first)
 
-    def begin_alone(self, begin: Begin, connection: Any) -> None:
+    def begin_alone(self, begin: Begin, connection: Any, first: tuple[str, ...] = ()) -> None:
         if connection.pgconn.transaction_status == _IDLE and not connection.autocommit:
-            self._note(1)
-        super().begin_alone(begin, connection)
+            self._note(1 + len(first))
+        super().begin_alone(begin, connection, first)
 
 
 class _Batch(PsycopgPipeline):

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from .._scope.protocols import ManagedTransaction
     from .stacks import Stack
 
-__all__ = ["EAGER", "FLUSH", "RECORD", "End", "Hold", "Outcome", "Record", "Statement", "Wait"]
+__all__ = ["EAGER", "FLUSH", "RECORD", "TENANT", "End", "Hold", "Outcome", "Record", "Statement", "Wait"]
 
 #: The environ key that leads to the record of a request.
 RECORD: Final = "sqlasession.record"
+
+#: The environ key with the name of the tenant whose request it is.
+TENANT: Final = "sqlasession.tenant"
 
 #: What :attr:`Statement.relationship` is where a flush loads what the database has set.
 FLUSH: Final = "(flush)"
@@ -148,12 +151,14 @@ class End(NamedTuple):
 class Record:
     """What one request, or one block of a test, has done.
 
-    :param environ: the request's; nothing of it is kept but the method, the path and the attempts' number.
+    :param environ: the request's; nothing of it is kept but the method, the path, the tenant and the attempts' number.
     """
 
     def __init__(self, environ: dict[str, Any] | None = None) -> None:
         self.method: str = "" if environ is None else environ.get("REQUEST_METHOD", "")
         self.path: str = "" if environ is None else environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+        #: whose request it is, behind a TenantsMiddleware
+        self.tenant: str | None = None if environ is None else environ.get(TENANT)
         #: when it began, in seconds since the epoch
         self.at = time.time()
         self.begin = time.perf_counter()

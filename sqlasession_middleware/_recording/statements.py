@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.engine.interfaces import ExecuteStyle
 
+from .._database.reads import BEGINS
 from .._drivers.registry import driver_of
 from .fetching import time_fetching
 from .objects import RELATIONSHIP, is_flushing
@@ -45,6 +46,16 @@ class StatementListeners:
         records, attempt = present_records()
         if not records:
             return sql, parameters
+        proxy = connection.connection
+        if self._is_networked:
+            driver = self._driver
+            is_sent_each = is_many and context.execute_style is ExecuteStyle.EXECUTEMANY
+            trips = driver.waits_of(cursor, sql, len(parameters) if is_sent_each else None)
+            trips += driver.waits_to_begin(proxy.dbapi_connection)
+            for record in records:
+                record.trips += trips
+        if BEGINS in context.execution_options:
+            return sql, parameters
         statement = Statement()
         statement.engine = self._engine
         statement.attempt = attempt
@@ -55,20 +66,12 @@ class StatementListeners:
         statement.rows = -1
         statement.error = None
         statement.fetched = 0.0
-        proxy = connection.connection
         noted = proxy.info.get(HOLD)
         statement.hold = None if noted is None else noted[0]
         statement.relationship = FLUSH if is_flushing.get() else context.execution_options.get(RELATIONSHIP)
         statement.stack = take_statement_stack()
         for record in records:
             record.add(statement)
-        if self._is_networked:
-            driver = self._driver
-            is_sent_each = is_many and context.execute_style is ExecuteStyle.EXECUTEMANY
-            trips = driver.waits_of(cursor, sql, len(parameters) if is_sent_each else None)
-            trips += driver.waits_to_begin(proxy.dbapi_connection)
-            for record in records:
-                record.trips += trips
         setattr(context, _NOTED, (statement, records))
         statement.end = 0.0
         statement.begin = perf_counter()

@@ -20,14 +20,25 @@ from sqlalchemy.engine import make_url
 from .._drivers.sqlite import sqlite_file
 from ..errors import ConfigurationError, nearest, shown
 from .kinds import BOOLEAN, DOTTED, LITERAL, TEXT, Kind, parse_setting
-from .options import ENGINE_OPTIONS, GROUPS, OTHER_SETTINGS, SESSION_OPTIONS, STACKED
+from .options import ENGINE_OPTIONS, GROUPS, OTHER_SETTINGS, SESSION_OPTIONS, STACKED, TENANTS_OPTIONS
 
-__all__ = ["PLACE_KEYS", "ini_names", "ini_place", "read_options", "read_settings", "split_urls"]
+__all__ = [
+    "PLACE_KEYS",
+    "TENANTS_PREFIX",
+    "ini_names",
+    "ini_place",
+    "read_options",
+    "read_settings",
+    "split_tenants",
+    "split_urls",
+]
 
 #: PasteDeploy adds these to the keys of every section. They tell where the file is and set nothing.
 PLACE_KEYS = ("here", "__file__")
 SESSION_PREFIX = "session."
 CONNECT_ARGUMENTS = "connect_args."
+TENANTS_PREFIX = "tenants."
+SET_LOCAL_PREFIX = f"{TENANTS_PREFIX}set_local."
 
 # A URL contains no white space. It may contain a comma, but not one that is followed by another URL's scheme.
 _BETWEEN_URLS = re.compile(r",?\s+|,(?=[a-z][a-z0-9+_]*://)")
@@ -292,19 +303,49 @@ def _from_folder(text: Any, folder: str | None) -> Any:
     return url.set(database=os.path.join(folder, path))
 
 
-def read_options(settings: Mapping[str, str], kinds: Mapping[str, Kind], place: str) -> dict[str, Any]:
+def read_options(
+    settings: Mapping[str, str], kinds: Mapping[str, Kind], place: str, prefix: str = ""
+) -> dict[str, Any]:
     """Convert the section of a filter whose keys are all in one table.
 
     :param kinds: the table.
     :param place: the result of :func:`ini_place`.
+    :param prefix: what the keys have had before them.
     :raises ConfigurationError: if a key is unknown, or a value is not of its kind.
     """
     options = {}
     for key, value in settings.items():
+        setting = f"{prefix + key!r}{place}"
         if key not in kinds:
-            raise ConfigurationError(f"{key!r}{place}", f"is not a setting of this middleware{nearest(key, kinds)}")
-        options[key] = parse_setting(f"{key!r}{place}", value, kinds[key])
+            raise ConfigurationError(setting, f"is not a setting of this middleware{nearest(key, kinds)}")
+        options[key] = parse_setting(setting, value, kinds[key])
     return options
+
+
+def split_tenants(config: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments of a TenantsMiddleware that a section sets by keys of its own, and the other keys.
+
+    :raises ConfigurationError: if a key is missing or unknown, or a value is not of its kind.
+    """
+    place = ini_place(config)
+    own = {key: value for key, value in config.items() if key.startswith(TENANTS_PREFIX)}
+    rest = {key: value for key, value in config.items() if key not in own}
+    local = {key.removeprefix(SET_LOCAL_PREFIX): own.pop(key) for key in list(own) if key.startswith(SET_LOCAL_PREFIX)}
+    directory = {name: own.pop(f"{TENANTS_PREFIX}known_{name}", None) for name in ("url", "query")}
+    arguments = read_options(
+        {key.removeprefix(TENANTS_PREFIX): value for key, value in own.items()}, TENANTS_OPTIONS, place, TENANTS_PREFIX
+    )
+    if local:
+        arguments["set_local"] = local
+    if any(directory.values()):
+        arguments["known"] = {"bind": _from_folder(directory["url"], config.get("here")), "query": directory["query"]}
+    elif any(":" in name for name in arguments.get("known", ())):
+        setting = f"{TENANTS_PREFIX + 'known'!r}{place}"
+        arguments["known"] = parse_setting(setting, own[f"{TENANTS_PREFIX}known"], DOTTED)
+    for name in ("tenant", "known"):
+        if name not in arguments:
+            raise ConfigurationError(f"{TENANTS_PREFIX + name!r}{place}", "is missing: see the reference of ini keys.")
+    return arguments, rest
 
 
 def ini_place(config: Mapping[str, str]) -> str:

@@ -43,6 +43,7 @@ __all__ = [
     "SESSION_OPTIONS",
     "SLOW_OPTIONS",
     "STACKED",
+    "TENANTS_OPTIONS",
     "TRANSACTION_OPTIONS",
     "UNAVAILABLE_OPTIONS",
 ]
@@ -211,6 +212,20 @@ COMMENT_OPTIONS: Mapping[str, Kind] = {
     "route": BOOLEAN_OR_DOTTED,
     "traceparent": BOOLEAN,
     "values": DOTTED_OR_NONE,
+}
+
+#: The parameters of :class:`~sqlasession_middleware.tenants.TenantsMiddleware`, beside those of
+#: :class:`~sqlasession_middleware.SQLASessionMiddleware`. ``known`` is read by two further keys as well.
+TENANTS_OPTIONS: Mapping[str, Kind] = {
+    "domain": TEXT,
+    "hosts": DOTTED,
+    "idle": SECONDS,
+    "known": WORDS,
+    "known_seconds": SECONDS,
+    "most": WHOLE,
+    "required": BOOLEAN,
+    "schema": TEXT,
+    "tenant": TEXT,
 }
 
 #: The parameters whose argument is a dict of options, by which they are switched on.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .webob import HTTPInternalServerError, HTTPServiceUnavailable
+from .webob import HTTPInternalServerError, HTTPNotFound, HTTPServiceUnavailable
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
 
-__all__ = ["outcome_unknown", "unavailable"]
+__all__ = ["not_found", "outcome_unknown", "unavailable"]
 
 _NO_STORE = ("Cache-Control", "no-store")
 
@@ -29,6 +29,10 @@ class OutcomeUnknownPage(HTTPInternalServerError):  # noqa: N818  # WebOb's erro
     )
 
 
+class NotFoundPage(HTTPNotFound):
+    explanation = "There is nothing at this address."
+
+
 def _without_html(body: str, status: str, title: str, environ: WSGIEnvironment) -> dict[str, str | int]:
     """A ``json_formatter`` for WebOb: the message is the explanation without the HTML that WebOb appends."""
     return {"message": body.partition("<br />")[0], "code": int(status[:3]), "title": title}
@@ -42,6 +46,12 @@ def unavailable(retry_after: int, is_busy: bool = False) -> WSGIApplication:
     """
     kind = BusyPage if is_busy else UnavailablePage
     page: WSGIApplication = kind(headers=[("Retry-After", str(retry_after)), _NO_STORE], json_formatter=_without_html)
+    return page
+
+
+def not_found() -> WSGIApplication:
+    """Return a page with status 404, which repeats nothing of the request."""
+    page: WSGIApplication = NotFoundPage(headers=[_NO_STORE], json_formatter=_without_html)
     return page
 
 

@@ -1,0 +1,1090 @@
+"""Tenants (G22): a database, a schema or rows for each of them, on real servers and by WSGI calls."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from paste.deploy import loadapp
+from sqlalchemy import Column, MetaData, String, Table, create_engine, event, insert, make_url, select, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from sqlasession_middleware import after_commit, application, has_scope, session
+from sqlasession_middleware._drivers.registry import driver_of
+from sqlasession_middleware._sessions.connections import open_connections
+from sqlasession_middleware.cli import main
+from sqlasession_middleware.errors import ConfigurationError, ScopeError, UnknownTenantError
+from sqlasession_middleware.tenants import TenantsMiddleware
+from sqlasession_middleware.testing import assert_queries, isolated
+from sqlasession_middleware.unavailable import breaker_state
+
+from .conftest import DATABASES_SEEN
+from .ports import free_port
+from .wsgi import Environ, StartResponse, environ
+
+pytestmark = pytest.mark.usefixtures("disposes")
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Note(Base):
+    __tablename__ = "tenant_note"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(String(80))
+
+
+NAMES = ("acme", "globex", "initech")
+
+
+def read(environ: Environ, start: StartResponse) -> list[bytes]:
+    """Tells whose rows it finds; a POST adds one. ``/text`` asks by text, ``/mixed`` by both."""
+    start("200 OK", [("Content-Type", "text/plain")])
+    if environ["REQUEST_METHOD"] == "POST":
+        session.add(Note(owner=application.tenant))
+        session.commit()
+    statement: Any = select(Note.owner).order_by(Note.id)
+    if environ["PATH_INFO"] == "/text":
+        statement = text("SELECT owner FROM tenant_note ORDER BY id")
+    if environ["PATH_INFO"] == "/mixed":
+        statement = select(text("owner")).select_from(text("tenant_note"))
+    return [",".join(session.scalars(statement)).encode()]
+
+
+def call(app: Any, method: str = "GET", **more: Any) -> tuple[str, bytes]:
+    seen: list[str] = []
+    body = app(environ(method, **more), lambda status, headers, exc_info=None: seen.append(status))
+    try:
+        return seen[0] if seen else "", b"".join(body)
+    finally:
+        if hasattr(body, "close"):
+            body.close()
+
+
+def ask(app: Any, name: str, method: str = "GET", path: str = "/") -> bytes:
+    status, body = call(app, method, HTTP_X_TENANT=name, PATH_INFO=path)
+    assert status == "200 OK", (status, body)
+    return body
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Callable[..., TenantsMiddleware]:
+    """Makes an application with an SQLite file for each tenant."""
+
+    def make(app: Any = read, **options: Any) -> TenantsMiddleware:
+        options = {"tenant": "header:X-Tenant", "known": NAMES, "metadata": Base.metadata, **options}
+        return TenantsMiddleware(app, f"sqlite:///{tmp_path}/{{tenant}}.db", **options)
+
+    return make
+
+
+@pytest.fixture
+def postgresql() -> Iterator[str]:
+    url = DATABASES_SEEN.url("postgresql", "")
+    engine = create_engine(url)
+    yield url
+    with engine.begin() as connection:
+        for name in NAMES:
+            connection.execute(text(f'DROP SCHEMA IF EXISTS "t_{name}" CASCADE'))
+        connection.execute(text("DROP TABLE IF EXISTS tenant_note"))
+    engine.dispose()
+
+
+@pytest.fixture
+def schemas(postgresql: str) -> Iterator[Callable[..., TenantsMiddleware]]:
+    """Makes an application with a schema for each tenant, on a pool of one connection."""
+    made: list[TenantsMiddleware] = []
+
+    def make(app: Any = read, **options: Any) -> TenantsMiddleware:
+        options = {
+            "tenant": "header:X-Tenant",
+            "known": NAMES,
+            "metadata": Base.metadata,
+            "schema": "t_{tenant}",
+            "engine_options": {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5},
+            **options,
+        }
+        made.append(TenantsMiddleware(app, options.pop("bind", postgresql), **options))
+        for name in made[-1].names():
+            made[-1].init_database(name)
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.dispose()
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir())
+
+
+class TestDatabaseEach:
+    def test_each_sees_its_own_rows(self, files: Any, tmp_path: Path) -> None:
+        app = files()
+        assert files_in(tmp_path) == []
+        for name in NAMES:
+            app.init_database(name)
+        for name in NAMES:
+            assert ask(app, name, "POST") == name.encode()
+        for name in NAMES:
+            assert ask(app, name) == name.encode()
+        assert files_in(tmp_path) == [f"{name}.db" for name in NAMES]
+
+    def test_application_is_the_tenants(self, files: Any) -> None:
+        app = files()
+        with app.context("acme"):
+            assert application.tenant == "acme"
+            assert application == app.application("acme")
+            assert repr(app.application("acme")).startswith("<TenantApplication 'acme' of ")
+            with app.context("globex"):
+                assert application.tenant == "globex"
+            assert application.tenant == "acme"
+        assert app.names() == sorted(NAMES)
+        assert repr(app).startswith("<TenantsMiddleware of ")
+
+    def test_two_first_requests_make_one(self, files: Any) -> None:
+        made: list[str] = []
+        at_once = threading.Barrier(8, timeout=30)
+
+        def slow(name: str) -> str:
+            made.append(name)
+            return "sqlite://"
+
+        app = TenantsMiddleware(answer_tenant, slow, tenant=lambda environ: "acme", known=NAMES)
+
+        def first(number: int) -> bytes:
+            at_once.wait()
+            return call(app)[1]
+
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(first, range(8))) == {b"acme"}
+        assert made == ["acme"]
+
+    def test_idle_tenant_is_forgotten_and_made_again(self, files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = Clock(monkeypatch)
+        app = files(idle=60)
+        app.init_database("acme")
+        ask(app, "acme", "POST")
+        first = app.application("acme")
+        assert first.engine.pool.checkedin() == 1
+        clock.at += 59
+        app.application("globex")
+        assert app.application("acme") is first
+        clock.at += 61
+        app.application("globex")
+        assert first.engine.pool.checkedin() == 0
+        second = app.application("acme")
+        assert second is not first
+        assert ask(app, "acme") == b"acme"
+
+    def test_stream_keeps_its_tenant(self, files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has no connection between two chunks, and would find another application's otherwise."""
+        clock = Clock(monkeypatch)
+
+        def stream(environ: Environ, start: StartResponse) -> Iterator[bytes]:
+            start("200 OK", [("Content-Type", "text/event-stream")])
+            for _ in range(2):
+                yield ",".join(session.scalars(select(Note.owner))).encode() + b"\n\n"
+
+        app = files(stream, idle=60, most=1)
+        app.init_database("acme")
+        with app.context("acme"):
+            session.add(Note(owner="acme"))
+            session.commit()
+        body: Any = app(environ(HTTP_X_TENANT="acme"), lambda status, headers, exc_info=None: None)
+        steps = iter(body)
+        assert next(steps) == b"acme\n\n"
+        kept = app.application("acme")
+        clock.at += 1000
+        app.init_database("globex")
+        assert app.application("acme") is kept
+        assert next(steps) == b"acme\n\n"
+        body.close()
+        clock.at += 1000
+        app.application("globex")
+        assert app.application("acme") is not kept
+
+    def test_most_have_connections(self, files: Any) -> None:
+        app = files(most=2)
+        for name in NAMES:
+            app.init_database(name)
+        first, *others = [app._table.applications.get(name) for name in NAMES]
+        assert first is None
+        assert all(each.engine.pool.checkedin() == 1 for each in others)
+
+    def test_scope_revives_what_was_forgotten_before_it_began(
+        self, files: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = Clock(monkeypatch)
+        app = files(idle=60)
+        app.init_database("acme")
+        found = app.application("acme")
+        context = found.context()
+        clock.at += 1000
+        app.application("globex")
+        assert "acme" not in app._table.applications
+        with context:
+            assert app.application("acme") is found
+            assert session.scalars(select(Note.owner)).all() == []
+        # And where another one has come first, both work, and the old one keeps no connection.
+        context = found.context()
+        clock.at += 1000
+        app.application("globex")
+        other = app.application("acme")
+        assert other is not found
+        with context:
+            assert session.scalars(select(Note.owner)).all() == []
+            assert found.engine.pool.checkedout() == 1
+        assert found.engine.pool.checkedin() == 0
+        assert app.application("acme") is other
+
+    def test_connection_keeps_its_tenant(self, files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = Clock(monkeypatch)
+        app = files(idle=60)
+        found = app.application("acme")
+        with found.engine.connect():
+            clock.at += 1000
+            assert app.application("acme") is found
+
+    def test_transaction_and_jobs_are_the_tenants(self, files: Any) -> None:
+        done: list[str] = []
+
+        def write(environ: Environ, start: StartResponse) -> list[bytes]:
+            session.add(Note(owner=application.tenant))
+            name = application.tenant
+            after_commit(lambda: done.append(name))
+            application.background(lambda: done.append(f"background of {application.tenant}"))
+            start(environ["test.status"], [])
+            return [b""]
+
+        app = files(write, transaction=True, unavailable=True)
+        for name in NAMES:
+            app.init_database(name)
+            call(app, HTTP_X_TENANT=name, **{"test.status": "200 OK" if name == "acme" else "500 Failed"})
+        app.dispose()
+        assert done == ["acme", "background of acme"]
+        for name in NAMES:
+            with app.context(name):
+                assert session.scalars(select(Note.owner)).all() == (["acme"] if name == "acme" else [])
+
+    def test_binds_and_replicas_are_the_tenants(self, tmp_path: Path) -> None:
+        audit = MetaData(info={"bind_key": "audit"})
+        Note.__table__.to_metadata(audit)
+        url = f"sqlite:///{tmp_path}/{{tenant}}.db"
+        app = TenantsMiddleware(
+            read,
+            {"url": url, "pool_size": 1},
+            tenant="header:X-Tenant",
+            known=NAMES,
+            metadata=[Base.metadata, audit],
+            binds={"audit": {"url": f"sqlite:///{tmp_path}/{{tenant}}_audit.db", "pool_size": 2}},
+            replicas=[url],
+        )
+        for name in NAMES[:2]:
+            app.init_database(name)
+            ask(app, name, "POST")
+        for name in NAMES[:2]:
+            assert ask(app, name) == name.encode()
+            assert set(app.application(name).engines) == {"default", "audit", "replicas[0]"}
+        assert files_in(tmp_path) == ["acme.db", "acme_audit.db", "globex.db", "globex_audit.db"]
+
+    def test_isolated_is_one_tenants(self, files: Any) -> None:
+        app = files()
+        for name in NAMES[:2]:
+            app.init_database(name)
+        with isolated(app.application("acme")):
+            assert ask(app, "acme", "POST") == b"acme"
+            assert ask(app, "globex", "POST") == b"globex"
+        assert ask(app, "acme") == b""
+        assert ask(app, "globex") == b"globex"
+
+
+def answer_tenant(environ: Environ, start: StartResponse) -> list[bytes]:
+    start("200 OK", [])
+    return [application.tenant.encode()]
+
+
+class Clock:
+    """The clock of tenants and of what is known of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at = 1000.0
+        for module in ("sqlasession_middleware._tenants.application", "sqlasession_middleware._tenants.table",
+                       "sqlasession_middleware._tenants.names", "sqlasession_middleware.tenants"):  # fmt: skip
+            monkeypatch.setattr(f"{module}.now", lambda: self.at)
+
+
+class TestSchemaEach:
+    @pytest.mark.parametrize("path", ["/", "/text", "/mixed"])
+    @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+    @pytest.mark.parametrize("lazy", [True, False])
+    def test_each_sees_its_own_rows_on_one_connection(
+        self, schemas: Any, postgresql: str, path: str, driver: str, lazy: bool
+    ) -> None:
+        app = schemas(bind=postgresql.replace("+psycopg:", f"+{driver}:"), lazy_begin=lazy)
+        for name in NAMES:
+            assert ask(app, name, "POST", path) == name.encode()
+        for _ in range(8):  # More often than psycopg waits before it prepares a statement.
+            for name in NAMES:
+                assert ask(app, name, path=path) == name.encode()
+        assert app.shared.engine.pool.checkedin() == 1
+
+    def test_schema_and_tables_are_made_by_several_at_once(self, schemas: Any, postgresql: str) -> None:
+        apps = [schemas(known=()) for _ in range(6)]
+        for app in apps:
+            app._known._names = frozenset(NAMES)
+        at_once = threading.Barrier(len(apps), timeout=30)
+
+        def create(app: TenantsMiddleware) -> None:
+            at_once.wait()
+            for name in NAMES:
+                app.init_database(name)
+
+        with ThreadPoolExecutor(len(apps)) as pool:
+            list(pool.map(create, apps))
+        assert ask(apps[0], "acme", "POST") == b"acme"
+
+    def test_plain_read_leaves_nothing_open(self, schemas: Any) -> None:
+        """With psycopg, BEGIN, the setting, a SELECT and COMMIT are one wait (G17)."""
+        app = schemas()
+        ask(app, "acme", "POST")
+        with app.context("acme"):
+            assert session.scalars(select(Note.owner)).all() == ["acme"]
+            held = open_connections(session())
+            assert [driver_of(each).is_idle(each) for each in held] == [True]
+            assert session.scalars(text("SELECT owner FROM tenant_note")).all() == ["acme"]
+            assert [driver_of(each).is_idle(each) for each in held] == [False]  # Text may do anything.
+
+    @pytest.mark.parametrize("way", ["several", "server-side", "listener", "many", "no parameters", "savepoint"])
+    def test_first_statement_of_any_kind_is_the_tenants(self, schemas: Any, way: str) -> None:
+        app = schemas()
+        for name in NAMES[:2]:
+            ask(app, name, "POST")
+        if way in ("listener", "many", "no parameters"):
+            for kind in ("do_execute", "do_executemany", "do_execute_no_params"):
+                event.listen(app.shared.engine, kind, lambda *more: None)
+        for name in NAMES[:2]:
+            with app.context(name):
+                if way == "several":
+                    session.execute(text("SET LOCAL work_mem TO '1MB'; INSERT INTO tenant_note (owner) VALUES ('x')"))
+                    assert session.scalars(text("SELECT owner FROM tenant_note ORDER BY id")).all() == [name, "x"]
+                elif way == "server-side":
+                    options = {"stream_results": True}
+                    found = session.execute(text("SELECT owner FROM tenant_note"), execution_options=options)
+                    assert found.scalars().all() == [name]
+                elif way == "many":
+                    session.execute(text("INSERT INTO tenant_note (owner) VALUES (:owner)"), [{"owner": name}] * 2)
+                    assert set(session.scalars(text("SELECT owner FROM tenant_note"))) == {name}
+                elif way == "no parameters":
+                    options = {"no_parameters": True}
+                    found = session.execute(text("SELECT owner FROM tenant_note"), execution_options=options)
+                    assert found.scalars().all() == [name]
+                elif way == "savepoint":
+                    with session.begin_nested():
+                        assert session.scalars(text("SELECT owner FROM tenant_note")).all() == [name]
+                    cursor = session.connection().connection.cursor()
+                    cursor.execute("SELECT owner FROM tenant_note")
+                    assert cursor.fetchall() == [(name,)]
+                else:
+                    assert session.scalars(text("SELECT owner FROM tenant_note")).all() == [name]
+
+    def test_connection_that_was_read_on_is_the_tenants_when_it_is_handed_out(self, schemas: Any) -> None:
+        app = schemas()
+        ask(app, "acme", "POST")
+        with app.context("acme"):
+            assert session.scalars(select(Note.owner)).all() == ["acme"]
+            cursor = session.connection().connection.cursor()
+            cursor.execute("SELECT owner FROM tenant_note")
+            assert cursor.fetchall() == [("acme",)]
+
+    def test_setting_the_tenant_is_a_part_of_begin(self, schemas: Any) -> None:
+        """It is no statement of the request's own, as BEGIN is none."""
+        seen: list[Any] = []
+
+        def app(environ: Environ, start: StartResponse) -> list[bytes]:
+            seen.append(environ["sqlasession.record"])
+            return list(read(environ, start))
+
+        tenants = schemas(app, slow_requests={"seconds": 60})
+        with assert_queries(1):
+            ask(tenants, "acme")
+        assert (seen[0].count, seen[0].tenant) == (1, "acme")
+
+    def test_nothing_is_left_on_the_connection(self, schemas: Any) -> None:
+        app = schemas()
+        ask(app, "acme", "POST", "/text")
+        with app.shared.engine.connect() as connection:
+            assert "t_acme" not in connection.scalars(text("SHOW search_path")).one()
+
+    def test_text_without_a_tenants_table_finds_no_other(self, schemas: Any, postgresql: str) -> None:
+        app = schemas()
+        ask(app, "acme", "POST")
+        app.application("globex").drop_database()
+        with pytest.raises(Exception, match="tenant_note"):
+            ask(app, "globex", path="/text")
+        assert ask(app, "acme", path="/text") == b"acme"
+
+    def test_savepoint_and_raw_cursor_are_the_tenants(self, schemas: Any) -> None:
+        app = schemas()
+        for name in NAMES[:2]:
+            ask(app, name, "POST")
+        statement = "SELECT owner FROM tenant_note"
+        for name in NAMES[:2]:
+            with app.context(name):
+                raw = session.connection().connection.cursor()
+                raw.execute(statement)
+                assert raw.fetchall() == [(name,)]
+                with session.begin_nested() as savepoint:
+                    assert session.scalars(text(statement)).all() == [name]
+                    savepoint.rollback()
+                assert session.scalars(text(statement)).all() == [name]
+            with app.application(name).engine.begin() as connection:
+                raw = connection.connection.cursor()
+                raw.execute(statement)
+                assert raw.fetchall() == [(name,)]
+
+    def test_what_has_no_transaction_is_refused(self, schemas: Any) -> None:
+        engine = schemas().application("acme").engine
+        with engine.connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+            with pytest.raises(ScopeError, match="AUTOCOMMIT"):
+                connection.execute(text("SELECT 1"))
+        with engine.connect() as connection, pytest.raises(ScopeError, match="two phases"):
+            connection.begin_twophase()
+
+    def test_reading_gives_the_connection_back(self, schemas: Any) -> None:
+        """What sets the tenant is no write: a list is handed to the server without a connection (G18)."""
+        app = schemas()
+        body = app(environ(HTTP_X_TENANT="acme"), lambda status, headers, exc_info=None: None)
+        assert app.shared.engine.pool.checkedout() == 0
+        body.close()
+
+    def test_repeatable_read_and_deadline(self, schemas: Any, postgresql: str) -> None:
+        app = schemas(
+            engine_options={"pool_size": 1, "max_overflow": 0, "isolation_level": "REPEATABLE READ"}, deadline=30
+        )
+        for name in NAMES:
+            assert ask(app, name, "POST", "/text") == name.encode()
+
+    def test_connection_that_is_lost_is_an_outage(self, schemas: Any) -> None:
+        """Also where it is lost before the tenant is set."""
+        app = schemas(unavailable=True, ping_after=None)
+        ask(app, "acme", "POST")
+
+        @event.listens_for(app.shared.engine, "checkout")
+        def kill(driver_connection: Any, record: Any, proxy: Any) -> None:
+            driver_connection.pgconn.finish()
+
+        status, _ = call(app, HTTP_X_TENANT="acme")
+        event.remove(app.shared.engine, "checkout", kill)
+        assert status == "503 Service Unavailable"
+        assert ask(app, "acme") == b"acme"
+
+    def test_transactions_are_counted_once(self, schemas: Any) -> None:
+        calls: list[int] = []
+
+        def app(environ: Environ, start: StartResponse) -> list[bytes]:
+            calls.append(environ["sqlasession.attempt"])
+            session.add(Note(owner="acme"))
+            session.flush()
+            if len(calls) == 1:
+                raise OperationalError("", {}, DeadlockError())
+            start("200 OK", [])
+            return [b""]
+
+        tenants = schemas(app, transaction={"attempts": 2, "backoff_base": 0}, unavailable=True)
+        call(tenants, HTTP_X_TENANT="acme")
+        assert calls == [1, 2]
+        with tenants.context("acme"):
+            assert len(session.scalars(select(Note)).all()) == 1
+
+    def test_isolated_is_one_tenants(self, schemas: Any) -> None:
+        app = schemas(engine_options={"pool_size": 2})
+        with isolated(app.application("acme")):
+            assert ask(app, "acme", "POST", "/text") == b"acme"
+            assert ask(app, "globex", "POST", "/text") == b"globex"
+        assert ask(app, "acme", path="/text") == b""
+        assert ask(app, "globex", path="/text") == b"globex"
+
+    def test_many_tenants_listen_once(self, schemas: Any) -> None:
+        """What listens to the shared engine does not become more with each tenant."""
+        app = schemas(unavailable=True, transaction={"attempts": 2}, deadline=10)
+
+        def listeners() -> list[int]:
+            engine = app.shared.engine
+            pool = [len(list(getattr(engine.pool.dispatch, name))) for name in ("connect", "checkout", "checkin")]
+            own = [len(list(getattr(engine.dispatch, name))) for name in ("begin", "commit", "before_cursor_execute")]
+            return [*pool, *own, len(list(engine.dialect.dispatch.handle_error)), len(type(engine.pool).__mro__)]
+
+        ask(app, "acme")
+        before = listeners()
+        for name in NAMES:
+            ask(app, name, "POST")
+        assert listeners() == before
+
+
+def test_breaker_is_the_servers() -> None:
+    """A database that is out of reach keeps nobody waiting for another one on the same server."""
+    dead = f"postgresql+psycopg://127.0.0.1:{free_port()}"
+    url = make_url(DATABASES_SEEN.url("postgresql", ""))
+
+    def bind(name: str) -> Any:
+        return url if name == "initech" else f"{dead}/{name}"
+
+    unavailable = {"breaker_failures": 1, "breaker_seconds": 1000}
+    app = TenantsMiddleware(select_1, bind, tenant="header:X-Tenant", known=NAMES, unavailable=unavailable)
+    assert call(app, HTTP_X_TENANT="acme")[0] == "503 Service Unavailable"
+    tried: list[str] = []
+    globex = app.application("globex").engine
+    event.listen(globex, "do_connect", lambda *more: tried.append("globex"))
+    assert call(app, HTTP_X_TENANT="globex")[0] == "503 Service Unavailable"
+    assert (tried, breaker_state(globex)) == ([], "open")
+    assert call(app, HTTP_X_TENANT="initech")[0] == "200 OK"
+    app.dispose()
+
+
+def select_1(environ: Environ, start: StartResponse) -> list[bytes]:
+    session.execute(text("SELECT 1"))
+    start("200 OK", [])
+    return [b""]
+
+
+def test_schemas_of_mariadb_are_databases() -> None:
+    url = make_url(DATABASES_SEEN.url("mariadb", ""))
+    options: dict[str, Any] = {"tenant": "header:X-Tenant", "known": NAMES[:2], "metadata": Base.metadata}
+    options |= {"engine_options": {"pool_size": 1, "max_overflow": 0}, "transaction": True}
+    app = TenantsMiddleware(read, url, schema=f"{url.database}_{{tenant}}", **options)
+    try:
+        for name in NAMES[:2]:
+            app.init_database(name)
+        for _ in range(2):
+            for name in NAMES[:2]:
+                assert set(ask(app, name, "POST").split(b",")) == {name.encode()}
+        assert app.shared.engine.pool.checkedin() == 1
+    finally:
+        with app.shared.engine.begin() as connection:
+            for name in NAMES[:2]:
+                connection.execute(text(f"DROP DATABASE IF EXISTS `{url.database}_{name}`"))
+        app.dispose()
+
+
+def test_other_databases_are_those_of_all(schemas: Any, tmp_path: Path) -> None:
+    """Beside the pool that all share there is one on another server, whose tables are not the tenants'."""
+    audit = MetaData(info={"bind_key": "audit"})
+    shared = Table("tenant_audit", audit, Column("owner", String(80)))
+    binds = {"audit": f"sqlite:///{tmp_path}/audit.db"}
+    app = schemas(binds=binds, metadata=[Base.metadata, audit], transaction=True)
+    for name in NAMES:
+        with app.context(name):
+            session.execute(insert(shared).values(owner=name))
+            session.commit()
+            assert session.scalars(select(Note.owner)).all() == []
+    with app.context("acme"):
+        assert session.scalars(select(shared.c.owner)).all() == list(NAMES)
+    assert app.application("acme").without_secrets("nothing") == "nothing"
+
+
+def test_engine_that_is_given_can_be_shared_by_two(postgresql: str) -> None:
+    engine = create_engine(postgresql, pool_size=1, max_overflow=0)
+    options: dict[str, Any] = {"tenant": "header:X-Tenant", "known": NAMES, "metadata": Base.metadata}
+    apps = [TenantsMiddleware(read, engine, schema="t_{tenant}", **options) for _ in range(2)]
+    seen: list[str] = []
+    for app in apps:
+        app.application("acme")
+        app.on_making(lambda each: seen.append(each.tenant))
+        app.init_database("acme")
+    assert ask(apps[0], "acme", "POST", "/text") == b"acme"
+    assert ask(apps[1], "acme", path="/text") == b"acme"
+    assert seen == ["acme"] * 2
+    with engine.connect() as connection, connection.begin_twophase():
+        pass  # Without a tenant it may be.
+    engine.dispose()
+
+
+class DeadlockError(Exception):
+    sqlstate = "40P01"
+
+
+DeadlockError.__module__ = "psycopg.errors"
+
+
+class TestRowsEach:
+    def test_policy_sees_the_tenant(self, postgresql: str) -> None:
+        engine = create_engine(postgresql)
+        with engine.begin() as connection:
+            Base.metadata.create_all(connection)
+            connection.execute(text("DROP ROLE IF EXISTS tenant_role"))
+            for statement in (
+                "ALTER TABLE tenant_note ENABLE ROW LEVEL SECURITY",
+                "CREATE POLICY own ON tenant_note USING (owner = current_setting('app.tenant'))",
+                "CREATE ROLE tenant_role LOGIN",
+                "GRANT ALL ON tenant_note, tenant_note_id_seq TO tenant_role",
+            ):
+                connection.execute(text(statement))
+        options = {"role": "tenant_role", "app.tenant": "{tenant}"}
+        app = TenantsMiddleware(
+            read,
+            postgresql,
+            tenant="header:X-Tenant",
+            known=NAMES,
+            set_local=options,
+            engine_options={"pool_size": 1, "max_overflow": 0},
+        )
+        try:
+            for path in ("/", "/text", "/mixed"):
+                for name in NAMES:
+                    assert set(ask(app, name, "POST", path).split(b",")) == {name.encode()}
+            with engine.connect() as connection:
+                assert len(connection.execute(select(Note.__table__)).all()) == 9
+            with app.context("acme"), pytest.raises(Exception, match="policy"):
+                session.execute(insert(Note).values(owner="globex"))
+        finally:
+            app.dispose()
+            with engine.begin() as connection:
+                connection.execute(text("DROP OWNED BY tenant_role; DROP ROLE tenant_role; DROP TABLE tenant_note"))
+            engine.dispose()
+
+
+#: What somebody may send as the name of a tenant, to one that has "acme".
+HOSTILE = {
+    "traversal": "../acme",
+    "deep traversal": "../../../../etc/passwd",
+    "absolute": "/tmp/evil",
+    "backslash": "..\\acme",
+    "nul": "acme\x00",
+    "newline": "acme\n",
+    "double quote": 'acme"',
+    "single quote": "acme'; DROP TABLE note; --",
+    "percent": "ac%6de",
+    "format": "{tenant}",
+    "percent format": "%(tenant)s",
+    "very long": "a" * 100_000,
+    "64": "a" * 64,
+    "another case": "Acme",
+    "idn": "acmé",
+    "kelvin sign": "\N{KELVIN SIGN}elvin",
+    "full width": "\N{FULLWIDTH LATIN SMALL LETTER A}cme",
+    "digits of others": "\N{ARABIC-INDIC DIGIT ONE}",
+    "at": "user@acme",
+    "url": "sqlite:///other.db",
+    "dots": "..",
+    "dot": "acme.globex",
+    "dash": "-acme",
+    "underscore": "_acme",
+    "two": "acme,globex",
+    "spaces": " acme",
+    "nobody": "nobody",
+}
+
+
+class TestHostileNames:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Iterator[Path]:
+        folder = tmp_path / "tenants"
+        folder.mkdir()
+        yield folder
+        assert files_in(folder) == []
+        assert files_in(tmp_path) == ["tenants"]
+
+    @pytest.mark.parametrize("place", ["header", "path", "subdomain", "host", "callable"])
+    @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
+    def test_nothing_is_made(self, folder: Path, caplog: pytest.LogCaptureFixture, place: str, name: str) -> None:
+        caplog.set_level("DEBUG")
+        tenant, options, more = {
+            "header": ("header:X-Tenant", {}, {"HTTP_X_TENANT": name}),
+            "path": ("path", {}, {"PATH_INFO": f"/{name}"}),
+            "subdomain": ("subdomain", {"domain": "example.com"}, {"HTTP_HOST": f"{name}.example.com"}),
+            "host": ("host", {"hosts": {"acme.com": "acme"}}, {"HTTP_HOST": name}),
+            "callable": (lambda environ: environ["test.name"], {}, {"test.name": name}),
+        }[place]
+        known = ["acme", "globex", "kelvin"]
+        app = TenantsMiddleware(connect, f"sqlite:///{folder}/{{tenant}}.db", tenant=tenant, known=known, **options)
+        is_host = place == "subdomain" and name == "Acme"
+        if is_host or (place == "path" and name in ("/tmp/evil",)):
+            return  # Hosts have no case; and "//tmp" asks for no tenant.
+        status, body = call(app, **more)
+        assert status == "404 Not Found"
+        assert name.encode("utf-8", "replace")[:12] not in body
+        assert app._table.applications == {}
+        assert len(caplog.text) < 1000
+        assert name not in caplog.text or len(name) < 40
+
+    @pytest.mark.parametrize(
+        ("host", "expected"),
+        [
+            ("acme.example.com", "acme"),
+            ("ACME.Example.COM", "acme"),
+            ("acme.example.com:8080", "acme"),
+            ("acme.example.com:", "acme"),
+            ("example.com", None),
+            ("EXAMPLE.com:80", None),
+            ("acme.example.com,globex.example.com", ""),
+            ("acme.example.com, globex.example.com", ""),
+            ("acme.example.com.evil.com", ""),
+            ("acme.evilexample.com", ""),
+            ("acme", ""),
+            ("127.0.0.1", ""),
+            ("[::1]:80", ""),
+            ("", None),
+        ],
+    )
+    def test_host(self, host: str, expected: str | None) -> None:
+        app = TenantsMiddleware(answer_tenant, in_memory, tenant="subdomain", domain="example.com", known=NAMES)
+        status, body = call(app, HTTP_HOST=host, SERVER_NAME="example.com")
+        if expected:
+            assert (status, body) == ("200 OK", expected.encode())
+        else:
+            assert status == "404 Not Found"
+
+
+def in_memory(name: str) -> str:
+    return "sqlite://"
+
+
+def connect(environ: Environ, start: StartResponse) -> list[bytes]:
+    session.connection()
+    start("200 OK", [])
+    return []
+
+
+class TestWhoIsAsked:
+    def test_path_is_where_the_application_is_mounted(self) -> None:
+        def app(environ: Environ, start: StartResponse) -> list[bytes]:
+            start("200 OK", [])
+            return [f"{application.tenant} {environ['SCRIPT_NAME']} {environ['PATH_INFO']}".encode()]
+
+        tenants = TenantsMiddleware(app, in_memory, tenant="path", known=NAMES)
+        assert call(tenants, SCRIPT_NAME="/shop", PATH_INFO="/acme/x/y")[1] == b"acme /shop/acme /x/y"
+        assert call(tenants, PATH_INFO="/acme")[1] == b"acme /acme "
+        for path in ("/", "", "*", "//acme", "/nobody", "/acm%65"):
+            assert call(tenants, PATH_INFO=path)[0] == "404 Not Found"
+
+    def test_host_is_one_of_those_that_are_given(self) -> None:
+        for hosts in ({"www.acme.com": "acme", "WWW.Globex.com": "globex"}, find_host, "tests.test_tenants:find_host"):
+            app = TenantsMiddleware(answer_tenant, in_memory, tenant="host", hosts=hosts, known=NAMES)
+            assert call(app, HTTP_HOST="www.acme.com:80")[1] == b"acme"
+            assert call(app, HTTP_HOST="WWW.GLOBEX.com")[1] == b"globex"
+            assert call(app, HTTP_HOST="www.initech.com")[0] == "404 Not Found"
+
+    def test_no_tenant_needs_no_scope(self) -> None:
+        def app(environ: Environ, start: StartResponse) -> list[bytes]:
+            assert not has_scope()
+            start("200 OK", [])
+            return [b"welcome"]
+
+        tenants = TenantsMiddleware(app, in_memory, tenant="header:X-Tenant", known=NAMES, required=False)
+        assert call(tenants) == ("200 OK", b"welcome")
+        assert call(tenants, HTTP_X_TENANT="nobody")[0] == "404 Not Found"
+
+    def test_environ_tells_the_tenant(self) -> None:
+        def app(environ: Environ, start: StartResponse) -> list[bytes]:
+            start("200 OK", [])
+            return [f"{environ['sqlasession.tenant']} {environ['sqlasession.record'].tenant}".encode()]
+
+        tenants = TenantsMiddleware(
+            app, in_memory, tenant=lambda environ: "acme", known=NAMES, slow_requests={"seconds": 60}
+        )
+        assert call(tenants)[1] == b"acme acme"
+
+
+def find_host(host: str) -> str | None:
+    return {"www.acme.com": "acme", "www.globex.com": "globex"}.get(host, "")
+
+
+class TestKnown:
+    def test_names_are_asked_for_again_after_so_many_seconds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = Clock(monkeypatch)
+        answers = [["acme", "No Name"], ["globex"]]
+        asked: list[float] = []
+
+        def known() -> list[str]:
+            asked.append(clock.at)
+            return answers[len(asked) > 1]
+
+        app = TenantsMiddleware(answer_tenant, in_memory, tenant="header:X-Tenant", known=known, known_seconds=30)
+        assert asked == []
+        assert [call(app, HTTP_X_TENANT=name)[0][:3] for name in ("acme", "globex", "No Name")] == ["200", "404", "404"]
+        assert asked == [1000.0]
+        clock.at += 31
+        assert [call(app, HTTP_X_TENANT=name)[0][:3] for name in ("acme", "globex")] == ["404", "200"]
+        assert asked == [1000.0, 1031.0]
+        assert app.names() == ["globex"]
+        assert len(asked) == 3
+
+    def test_directory_is_asked(self, sqlite_url: str) -> None:
+        engine = create_engine(sqlite_url)
+        with engine.begin() as connection:
+            connection.execute(text("CREATE TABLE tenant (name TEXT)"))
+            connection.execute(text("INSERT INTO tenant VALUES ('acme'), ('Acme; --'), (NULL)"))
+        known = {"bind": sqlite_url, "query": "SELECT name FROM tenant"}
+        app = TenantsMiddleware(answer_tenant, in_memory, tenant="header:X-Tenant", known=known)
+        assert call(app, HTTP_X_TENANT="acme")[1] == b"acme"
+        with engine.begin() as connection:
+            connection.execute(text("INSERT INTO tenant VALUES ('globex')"))
+        assert call(app, HTTP_X_TENANT="globex")[0] == "404 Not Found"
+        with app.context("globex"):  # Who asks by name asks the directory.
+            pass
+        assert call(app, HTTP_X_TENANT="globex")[1] == b"globex"
+        assert app.names() == ["acme", "globex"]
+        with pytest.raises(UnknownTenantError, match="There is no tenant 'nobody'"):
+            app.init_database("nobody")
+        app.dispose()
+        engine.dispose()
+
+    def test_silent_directory_is_no_unknown_tenant(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        clock = Clock(monkeypatch)
+        fails = [True]
+
+        def known() -> list[str]:
+            if fails:
+                raise ConnectionError
+            return ["acme"]
+
+        app = TenantsMiddleware(answer_tenant, in_memory, tenant="header:X-Tenant", known=known)
+        assert call(app, HTTP_X_TENANT="acme")[0] == "503 Service Unavailable"
+        fails.clear()
+        assert call(app, HTTP_X_TENANT="acme")[0] == "200 OK"
+        fails.append(True)
+        clock.at += 100
+        assert call(app, HTTP_X_TENANT="acme")[0] == "200 OK"
+        assert call(app, HTTP_X_TENANT="globex")[0] == "404 Not Found"
+        assert "those that were known go on" in caplog.text
+
+    def test_others_go_on_while_one_asks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = Clock(monkeypatch)
+        asks, goes_on = threading.Event(), threading.Event()
+
+        def known() -> list[str]:
+            if clock.at > 1000:
+                asks.set()
+                assert goes_on.wait(30)
+            return ["acme"]
+
+        app = TenantsMiddleware(answer_tenant, in_memory, tenant="header:X-Tenant", known=known)
+        assert call(app, HTTP_X_TENANT="acme")[1] == b"acme"
+        clock.at += 100
+        with ThreadPoolExecutor(1) as pool:
+            late = pool.submit(call, app, HTTP_X_TENANT="acme")
+            assert asks.wait(30)
+            assert call(app, HTTP_X_TENANT="globex")[0] == "404 Not Found"
+            goes_on.set()
+            assert late.result() == ("200 OK", b"acme")
+
+
+#: Wrong arguments, and a part of the error.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no place": ({"bind": "sqlite:///a.db"}, "bind must have {tenant} in its database or user"),
+    "place in the host": ({"bind": "postgresql://{tenant}.com/shop"}, "bind may have {tenant} in its database and"),
+    "no URL": ({"bind": "{tenant}"}, "bind must be a database URL"),
+    "both": ({"schema": "{tenant}"}, "bind cannot have {tenant} or be a callable together with 'schema'"),
+    "schema without a place": ({"bind": "sqlite://", "schema": "x"}, "schema must be {tenant} with letters"),
+    "schema with a quote": ({"bind": "sqlite://", "schema": '{tenant}"'}, "schema must be {tenant} with letters"),
+    "no settings": ({"bind": "sqlite://", "set_local": "x"}, "set_local must be a dict of settings, got str."),
+    "no setting": ({"bind": "sqlite://", "set_local": {"a b": "x"}}, "set_local must have names of PostgreSQL's"),
+    "percent": ({"bind": "sqlite://", "set_local": {"a": "%"}}, "set_local['a'] must be a text without '%'"),
+    "no PostgreSQL": ({"bind": "sqlite://", "set_local": {"a.b": "x"}}, "set_local is for PostgreSQL only"),
+    "replicas": (
+        {"bind": "postgresql+psycopg:///a", "schema": "{tenant}", "replicas": ["postgresql+psycopg:///b"]},
+        "replicas cannot be used where all tenants share a pool",
+    ),
+    "twophase": (
+        {"bind": "postgresql+psycopg:///a", "schema": "{tenant}", "session_options": {"twophase": True}},
+        "session_options['twophase'] cannot be used together with 'schema'",
+    ),
+    "resolver": ({"tenant": "hosts"}, "tenant must be 'host', 'subdomain', 'path', 'header:NAME'"),
+    "header": ({"tenant": "header: X:Y"}, "tenant must have the name of a header after 'header:', got 'X:Y'."),
+    "no domain": ({"tenant": "subdomain"}, "domain must be set with tenant='subdomain', and only then"),
+    "domain": ({"tenant": "subdomain", "domain": ".com"}, "domain must be a domain such as 'example.com', got '.com'."),
+    "no hosts": ({"tenant": "host"}, "hosts must be set with tenant='host', and only then"),
+    "known": ({"known": None}, "known must be the names of the tenants, or what tells them, got None."),
+    "known name": ({"known": ["Acme"]}, "known must be names of up to 63 of a to z, 0 to 9, '-' and '_', got 'Acme'."),
+    "known dict": ({"known": {"bind": "sqlite://"}}, "known must have 'bind', a database, and 'query'"),
+    "idle": ({"idle": 0}, "idle must be a number of seconds above 0, got 0."),
+    "most": ({"most": 0}, "most must be a whole number from 1, got 0."),
+    "required": ({"required": 1}, "required must be true or false, got 1."),
+    "option": ({"streams": "x"}, "streams must be a list of content types"),
+    "engine option": ({"engine_options": {"pool_size": "x"}}, "engine_options['pool_size'] must be a whole number"),
+}
+
+
+class TestSettings:
+    @pytest.mark.parametrize(("options", "problem"), REFUSED.values(), ids=REFUSED)
+    def test_wrong_setting_is_refused(self, options: dict[str, Any], problem: str) -> None:
+        given = {"bind": "sqlite:///{tenant}.db", "tenant": "header:X-Tenant", "known": NAMES, **options}
+        with pytest.raises(ConfigurationError) as caught:
+            TenantsMiddleware(read, given.pop("bind"), **given)
+        assert problem in str(caught.value)
+
+    def test_name_is_not_cut_off(self) -> None:
+        """PostgreSQL cuts off what is longer than 63 bytes, so that two tenants would have one database."""
+        known = ["a" * 58, "a" * 57]
+        for bind, options in (
+            ("postgresql://localhost/shop__{tenant}", {}),
+            ({"url": "postgresql://{tenant}__shop@localhost/shop"}, {}),
+            ("postgresql://localhost/shop", {"schema": "shop__{tenant}"}),
+        ):
+            with pytest.raises(ConfigurationError, match="of up to 57 of a to z"):
+                TenantsMiddleware(read, bind, tenant="header:X-Tenant", known=known, **options)
+
+    def test_callable_makes_what_a_bind_may_be(self, tmp_path: Path) -> None:
+        engine = create_engine(f"sqlite:///{tmp_path}/acme.db")
+
+        def bind(name: str) -> Any:
+            return {"acme": engine, "globex": {"url": f"sqlite:///{tmp_path}/globex.db", "pool_size": 1}}.get(
+                name, f"sqlite:///{tmp_path}/{name}.db"
+            )
+
+        app = TenantsMiddleware(read, bind, tenant="header:X-Tenant", known=NAMES, metadata=Base.metadata, most=1)
+        for name in NAMES:
+            app.init_database(name)
+            assert ask(app, name, "POST") == name.encode()
+        assert app.application("acme").engine is engine
+        engine.dispose()
+
+
+def ini_of_tenants(folder: Path, known: str = "acme, globex", **settings: str) -> str:
+    """An ini file whose application has tenants; that of "away" has no folder for its database."""
+    (folder / "acme").mkdir(exist_ok=True)
+    (folder / "globex").mkdir(exist_ok=True)
+    given = {
+        "sqlalchemy.url": "sqlite:///%(here)s/{tenant}/shop.db",
+        "metadata": "tests.test_tenants:Base.metadata",
+        "tenants.tenant": "header:X-Tenant",
+        "tenants.known": known,
+        **settings,
+    }
+    lines = "\n".join(f"{key} = {value}" for key, value in given.items() if value)
+    path = folder / "tenants.ini"
+    path.write_text(
+        "[app:shop]\npaste.app_factory = tests.paste_apps:guest_book\n\n[filter-app:main]\n"
+        f"paste.filter_app_factory = sqlasession_middleware.paste:tenants\nnext = shop\n{lines}\n"
+    )
+    return str(path)
+
+
+class TestIni:
+    def test_section_makes_what_the_constructor_does(self, tmp_path: Path) -> None:
+        path = ini_of_tenants(
+            tmp_path,
+            known="",
+            **{
+                "tenants.known_url": "sqlite:///%(here)s/directory.db",
+                "tenants.known_query": "SELECT name FROM tenant",
+                "tenants.known_seconds": "5",
+                "tenants.idle": "30",
+                "tenants.most": "7",
+                "tenants.required": "false",
+                "transaction": "true",
+            },
+        )
+        app = loadapp(f"config:{path}")
+        assert isinstance(app, TenantsMiddleware)
+        assert repr(app._known._directory) == f"sqlite:///{tmp_path}/directory.db"
+        assert (app._table._idle, app._table._most, app._required) == (30, 7, False)
+
+    def test_other_keys(self, tmp_path: Path) -> None:
+        url = "postgresql+psycopg://localhost/shop"
+        more = {"tenants.schema": "t_{tenant}", "tenants.set_local.app.tenant": "{tenant}", "sqlalchemy.url": url}
+        more |= {"tenants.tenant": "host", "tenants.hosts": "tests.test_tenants:find_host"}
+        app = loadapp(f"config:{ini_of_tenants(tmp_path, 'tests.test_tenants:known_names', **more)}")
+        assert app._maker._set_local == {"app.tenant": "{tenant}"}
+        assert app.names() == ["acme", "globex"]
+        assert app.application("acme").schema == "t_acme"
+        statement = app.application("acme").engine.get_execution_options()["sqlasession_local_settings"]
+        assert statement == (
+            "SELECT set_config('search_path', '\"t_acme\"', true), set_config('app.tenant', 'acme', true)"
+        )
+
+    @pytest.mark.parametrize(
+        ("settings", "problem"),
+        [
+            ({"tenants.idle": "soon"}, "'tenants.idle' in {path} must be a number of seconds, got 'soon'."),
+            ({"tenants.idle": "0"}, "'tenants.idle' in {path} must be a number of seconds above 0, got 0."),
+            ({"tenants.iddle": "1"}, "'tenants.iddle' in {path} is not a setting of this middleware; did you mean"),
+            ({"tenants.tenant": ""}, "'tenants.tenant' in {path} is missing: see the reference of ini keys."),
+            ({"tenants.tenant": "subdomain"}, "'tenants.domain' in {path} must be set with tenant='subdomain'"),
+            ({"tenants.known": "Acme"}, "'tenants.known' in {path} must be names of up to 63"),
+            ({"tenants.known": "a.b:c"}, "'tenants.known' in {path} must be the dotted name of an importable object"),
+            ({"sqlalchemy.pool_size": "x"}, "'sqlalchemy.pool_size' in {path} must be a whole number from 0, got 'x'."),
+        ],
+    )
+    def test_error_names_the_key(self, tmp_path: Path, settings: dict[str, str], problem: str) -> None:
+        path = ini_of_tenants(tmp_path, **settings)
+        with pytest.raises(ConfigurationError) as caught:
+            loadapp(f"config:{path}")
+        assert str(caught.value).startswith(problem.format(path=path))
+
+
+def known_names() -> list[str]:
+    return ["acme", "globex"]
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def plain_shell(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "IPython", None)
+
+    def command(self, *arguments: str, said: str = "") -> Any:
+        return CliRunner().invoke(main, list(arguments), input=said)
+
+    def test_create_and_check_one_and_all(self, tmp_path: Path) -> None:
+        path = ini_of_tenants(tmp_path)
+        done = self.command("create", path, "--tenant", "acme")
+        assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "done")
+        assert files_in(tmp_path / "globex") == []
+        done = self.command("create", path, "--all-tenants")
+        assert done.stdout.splitlines() == ["1 of 2: acme: created", "2 of 2: globex: created", "done: 2 tenants"]
+        assert files_in(tmp_path / "globex") == ["shop.db"]
+        done = self.command("check", path, "--tenant", "acme")
+        assert (done.exit_code, f"sqlite:///{tmp_path}/acme/shop.db" in done.stdout) == (0, True)
+        done = self.command("check", path, "--all-tenants")
+        assert done.exit_code == 0
+        assert re.match(r"1 of 2: acme: default \d+\.\d ms\n2 of 2: globex: ", done.stdout)
+
+    def test_all_goes_on_after_one_that_fails(self, tmp_path: Path) -> None:
+        path = ini_of_tenants(tmp_path, "acme, away, globex")
+        for name in ("create", "check"):
+            done = self.command(name, path, "--all-tenants")
+            assert done.exit_code == 1
+            assert [line[:14] for line in done.stdout.splitlines()] == [
+                "1 of 3: acme: ",
+                "3 of 3: globex",
+                "done: 2 tenant",
+            ]
+            first, summary = done.stderr.splitlines()
+            assert first.startswith("error: the tenant away: ")
+            assert summary == "error: 1 of 3 tenants have failed: away"
+
+    def test_engine_that_does_not_answer_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "acme" / "shop.db").parent.mkdir()
+        path = ini_of_tenants(tmp_path, "acme")
+        (tmp_path / "acme" / "shop.db").mkdir()
+        done = self.command("check", path, "--all-tenants")
+        assert done.exit_code == 1
+        assert "error: the tenant acme: default does not answer: unable to open database file" in done.stderr
+
+    def test_shell_is_the_tenants(self, tmp_path: Path) -> None:
+        path = ini_of_tenants(tmp_path)
+        done = self.command("shell", path, "--tenant", "globex", said="print(application.tenant)\n")
+        assert (done.exit_code, "globex" in done.stdout) == (0, True)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [("create",), ("check",), ("shell",), ("wait",), ("drop", "--yes"), ("create", "--tenant", "nobody")],
+    )
+    def test_nobody_is_refused(self, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        name, *options = arguments
+        done = self.command(name, ini_of_tenants(tmp_path), *options)
+        assert done.exit_code == 2
+        assert files_in(tmp_path / "acme") == []
