@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 from click.testing import CliRunner
 from paste.deploy import loadapp
 from sqlalchemy import Column, MetaData, String, Table, create_engine, event, insert, make_url, select, text
@@ -507,6 +508,9 @@ class TestSchemaEach:
         with tenants.context("acme"):
             assert len(session.scalars(select(Note)).all()) == 1
 
+    @pytest.mark.skipif(
+        sqlalchemy.__version__ < "2.1", reason="a connection of an engine with options cannot be listened to before"
+    )
     def test_isolated_is_one_tenants(self, schemas: Any) -> None:
         app = schemas(engine_options={"pool_size": 2})
         with isolated(app.application("acme")):
