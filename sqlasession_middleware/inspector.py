@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Engine
 
@@ -28,9 +29,11 @@ from ._inspector.watch import Keeper, Watch
 from ._recording.listeners import record_engine, record_objects, recorded_name
 from ._scope.scope import current, outwards
 from ._settings.checks import check_application, check_boolean, check_bytes, check_count, check_path
+from ._tenants.application import TenantApplication
 from ._wsgi.wrapped import applications_in
 from .errors import ConfigurationError, shown
 from .middleware import SQLASessionMiddleware
+from .tenants import TenantsMiddleware
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -134,7 +137,9 @@ class _Applications:
     """
 
     def __init__(self, given: Iterable[Any]) -> None:
-        self._known: list[SQLASessionMiddleware] = []
+        # In the order in which they were found. Those of tenants that are forgotten are not kept.
+        self._known: WeakKeyDictionary[SQLASessionMiddleware, int] = WeakKeyDictionary()
+        self._tenants: WeakSet[TenantsMiddleware] = WeakSet()
         self._lock = fork_safe_lock()
         self.add(given)
 
@@ -142,16 +147,29 @@ class _Applications:
         """Record the engines of applications that are not known yet."""
         with self._lock:
             for application in found:
+                if isinstance(application, TenantsMiddleware):
+                    self._add_tenants(application)
+                    continue
+                if isinstance(application, TenantApplication) and application.shared is not None:
+                    application = application.shared
                 if isinstance(application, SQLASessionMiddleware) and application not in self._known:
-                    self._known.append(application)
-                    self._record(application, len(self._known))
+                    self._record(application)
 
-    def _record(self, application: SQLASessionMiddleware, number: int) -> None:
+    def _add_tenants(self, tenants: TenantsMiddleware) -> None:
+        if tenants not in self._tenants:
+            self._tenants.add(tenants)
+            tenants.on_making(lambda application: self.add([application]))
+
+    def _record(self, application: SQLASessionMiddleware) -> None:
         record_objects()
+        number = len(self._known)
+        of = f" of application {number + 1}" if number else ""
+        if isinstance(application, TenantApplication):
+            of = f" of {application.tenant}"
+        self._known[application] = number
         for name, source in application.named_sources().items():
-            told = name if number == 1 else f"{name} of application {number}"
             source.on_creation(prepare_pings)
-            source.on_creation(partial(record_engine, name=told))
+            source.on_creation(partial(record_engine, name=f"{name}{of}"))
 
     def engines(self) -> Mapping[str, Engine]:
         """All engines by the names that records have."""

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from ._recording.record import TENANT
+from ._recording.record import RECORD, TENANT
 from ._settings.checks import check_application, check_boolean, check_count, check_seconds_above_0
 from ._settings.ini import TENANTS_PREFIX, ini_names, ini_place, read_settings, split_tenants
 from ._settings.options import TENANTS_OPTIONS
@@ -129,6 +129,9 @@ class TenantsMiddleware:
                 return answer(environ, start_response)
             application = answer
         environ[TENANT] = name
+        record = environ.get(RECORD)
+        if record is not None:
+            record.tenant = name
         if self._shifts:
             shift_path(environ, application.tenant)
         return application(environ, start_response)

@@ -811,7 +811,8 @@ def test_wait_keeps_a_shorter_limit_of_the_application(ini):
             path = ini({"sqlalchemy.url": url, "sqlalchemy.connect_args.read_timeout": limit})
             limits.append(command("wait", path, "--timeout", "2").stderr)
     assert "timed out" in limits[0]
-    assert "no response within 2 seconds" in limits[1]
+    # What is left of the two seconds, which is less on a busy machine.
+    assert re.search(r"no response within (2|1\.\d+) seconds", limits[1])
     assert "'soon'" in limits[2] or "str" in limits[2]
 
 

@@ -17,12 +17,14 @@ from paste.deploy import loadapp
 from sqlalchemy import Column, MetaData, String, Table, create_engine, event, insert, make_url, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from werkzeug.test import Client
 
 from sqlasession_middleware import after_commit, application, has_scope, session
 from sqlasession_middleware._drivers.registry import driver_of
 from sqlasession_middleware._sessions.connections import open_connections
 from sqlasession_middleware.cli import main
 from sqlasession_middleware.errors import ConfigurationError, ScopeError, UnknownTenantError
+from sqlasession_middleware.inspector import InspectorMiddleware
 from sqlasession_middleware.tenants import TenantsMiddleware
 from sqlasession_middleware.testing import assert_queries, isolated
 from sqlasession_middleware.unavailable import breaker_state
@@ -798,6 +800,34 @@ class TestWhoIsAsked:
             app, in_memory, tenant=lambda environ: "acme", known=NAMES, slow_requests={"seconds": 60}
         )
         assert call(tenants)[1] == b"acme acme"
+
+
+@pytest.mark.parametrize("stands", ["around the tenants", "inside of them"])
+@pytest.mark.parametrize("kind", ["files", "schemas"])
+def test_inspector_tells_the_tenant_of_each_request(request: pytest.FixtureRequest, kind: str, stands: str) -> None:
+    """Statements are recorded once, on the engine of the tenant or on the one that all share."""
+    make = request.getfixturevalue(kind)
+    inspector = InspectorMiddleware(read, token="0123456789abcdef")
+    if stands == "around the tenants":
+        tenants = make()
+        inspector = InspectorMiddleware(tenants, token="0123456789abcdef")
+        app: Any = inspector
+    else:
+        app = tenants = make(inspector)
+    for name in ("acme", "globex", "acme"):
+        tenants.init_database(name)
+        ask(app, name)
+    # One that stands inside is asked through a tenant, as any page of the application.
+    browser = Client(app)
+    local = {"REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "localhost", "HTTP_X_TENANT": "acme"}
+    browser.get("/_sqlasession/?token=0123456789abcdef", environ_overrides=local)
+    listed = browser.get("/_sqlasession/requests.json", environ_overrides=local).get_json()
+    seen = [(each["tenant"], each["queries"]) for each in listed if each["path"] == "/"]
+    assert seen == [("acme", 1), ("globex", 1), ("acme", 1)]
+    page = browser.get(f"/_sqlasession/r/{listed[0]['id']}", environ_overrides=local).text
+    assert "<dt>Tenant</dt>" in page
+    pools = browser.get("/_sqlasession/pools.json", environ_overrides=local).get_json()
+    assert len(pools) == (2 if kind == "files" else 1)
 
 
 def find_host(host: str) -> str | None:

@@ -27,7 +27,20 @@ __all__ = ["SUMMARY", "Engines", "Kept", "Original", "keep", "query_names", "siz
 
 #: What the list shows of a request.
 SUMMARY: Final = (
-    *("id", "process", "at", "method", "path", "query", "status", "raised", "is_running", "seconds", "database"),
+    *(
+        "id",
+        "process",
+        "at",
+        "method",
+        "path",
+        "tenant",
+        "query",
+        "status",
+        "raised",
+        "is_running",
+        "seconds",
+        "database",
+    ),
     *("waited", "fetched", "committing", "held", "queries", "trips", "warnings", "attempts", "outcome"),
 )
 #: How many characters of a statement are kept to be shown.
@@ -104,6 +117,7 @@ def keep(record: Record, number: str, engines: Engines, told: Mapping[str, Any])
         "at": record.at,
         "method": record.method,
         "path": record.path,
+        "tenant": record.tenant,
         "status": record.status,
         "seconds": (record.end or perf_counter()) - begin,
         "database": record.seconds,

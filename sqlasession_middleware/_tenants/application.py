@@ -41,6 +41,7 @@ class TenantApplication(SQLASessionMiddleware):
     :param tenant: its name.
     :param table: what keeps it.
     :param schema: the tenant's, if it has one.
+    :param shared: the application of the pool that all tenants share; None if each has its own.
     :param breakers: and ``background``: what all tenants share.
     :param options: of :class:`~sqlasession_middleware.SQLASessionMiddleware`.
     """
@@ -53,6 +54,7 @@ class TenantApplication(SQLASessionMiddleware):
         tenant: str,
         table: Keeper,
         schema: str | None,
+        shared: SQLASessionMiddleware | None,
         breakers: dict[str, Breaker],
         background: BackgroundThreads,
         options: dict[str, Any],
@@ -62,6 +64,8 @@ class TenantApplication(SQLASessionMiddleware):
         self.tenant = tenant
         #: the tenant's schema; None where it has a database, or shares its tables
         self.schema = schema
+        #: the application of the pool that all tenants share; None if each has its own
+        self.shared = shared
         self.breakers = breakers
         self._background = background
         self._table = table

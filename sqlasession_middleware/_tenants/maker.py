@@ -126,6 +126,7 @@ class ApplicationMaker:
             tenant=name,
             table=table,
             schema=None if self._schema is None else self._schema.replace(PLACE, name),
+            shared=self.shared,
             breakers=self._breakers,
             background=self.background,
             options=options,

@@ -43,6 +43,7 @@ function rowOf(data, root) {
   link.append(element("b", data.method), ` ${data.path}`);
   const path = element("td", link, "path");
   if (data.query.length) path.append(" ", element("span", `?${data.query.join("&")}`, "quiet"));
+  if (data.tenant) path.append(" ", element("span", `of ${data.tenant}`, "quiet"));
   row.append(
     element("td", new Date(data.at * 1000).toTimeString().slice(0, 8)),
     path,
