@@ -149,12 +149,16 @@ class _Waits:
         return dialect.connect(*arguments, **options)
 
     def _connect_again(self) -> Any:
-        """Another connection to the same database, outside of the pool and of its limits."""
+        """Another connection to the same database, outside of the pool and of its limits.
+
+        It is the driver's own. SQLAlchemy would roll it back before it closes it, which a server that is silent does
+        not answer, and which ends the process where MariaDB Connector/Python has lost it.
+        """
         engine = self._engine()
         assert engine is not None  # One of its connections is in use.
         connection = unguarded_pool(engine).connect()
         connection.detach()
-        return connection
+        return connection.dbapi_connection
 
 
 class _Attempt:
