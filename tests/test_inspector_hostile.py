@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, insert, text
+from sqlalchemy import create_engine, insert, literal_column, select, text
 from sqlalchemy.exc import DBAPIError
 from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, session
 from sqlasession_middleware._inspector.memory import Memory
-from sqlasession_middleware._recording.masking import Masked, shown_error
+from sqlasession_middleware._recording.masking import Masked, mask_parameters, mask_sql, shown_error
 from sqlasession_middleware.inspector import InspectorMiddleware
 
-from .test_inspector import LOOPBACK, PATH, TOKEN, Author, Site, make, read, shop
+from .test_inspector import COOKIE, LOOPBACK, PATH, TOKEN, Author, Site, make, read, shop
 from .test_inspector_kept import server
+from .test_masking import a_statement
 from .wsgi import Environ, StartResponse, consume, environ, start_response
 
 __all__ = ["make", "server"]
@@ -69,6 +70,49 @@ class Moment(datetime.datetime):
 
 def test_error_that_has_no_text_is_shown_by_its_name() -> None:
     assert shown_error(UnshowableError(), Masked([], 0, frozenset())) == "UnshowableError"
+
+
+def test_error_of_very_many_secrets_is_shown_by_its_kind() -> None:
+    masked = mask_parameters(a_statement("UPDATE a SET token = ?", [(f"t{n}",) for n in range(2000)], is_many=True))
+    assert (masked.total, masked.has_secrets, masked.is_whole) == (2000, True, False)
+    assert shown_error(ValueError("t1999 is taken"), masked) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("DETAIL:  Key (token)=(abc) exists.", "Key (token)=(***) exists."),
+        ("DETAIL:  Key (name)=(abc) exists.", "Key (name)=(abc) exists."),
+        ("Duplicate entry 'abc' for key 'token'", "Duplicate entry '***' for key 'token'"),
+    ],
+)
+def test_values_of_the_database_in_errors(said: str, shown: str) -> None:
+    assert shown_error(ValueError(said), Masked([], 0, frozenset())).endswith(shown)
+
+
+def test_long_values_are_searched_in_a_time_that_grows_with_them() -> None:
+    """With the square of it, this would take hours."""
+    assert mask_parameters(a_statement("SELECT ?", (["x" * 1000] * 20,) * 2000)).has_secrets is False
+
+
+def test_names_between_quotes_stay() -> None:
+    column = literal_column("'hunter2'").label("o'brien")
+    statement = select(column, literal_column("password"))
+    sent = a_statement(str(statement))
+    sent.compiled = statement.compile()
+    assert mask_sql(sent) == "SELECT '***' AS \"o'brien\", password"
+
+
+@pytest.mark.parametrize("end", ["; SELECT 2", ";" + "1," * 9000], ids=["two", "long"])
+def test_several_statements_have_no_plan(make: Any, end: str) -> None:
+    site = make()
+
+    def work() -> None:
+        with suppress(Exception):
+            session.connection().exec_driver_sql(f"SELECT 1{end}")
+
+    site.work(work)
+    assert "one at a time" in site.explain(0)["problem"]
 
 
 @pytest.mark.parametrize("is_stored", [False, True])
@@ -420,8 +464,8 @@ def test_inspectors_of_one_machine_do_not_take_each_other_s_cookies() -> None:
         {"HTTP_CF_CONNECTING_IP": "1.2.3.4"},
         {"HTTP_TRUE_CLIENT_IP": "1.2.3.4"},
         {"HTTP_X_CLUSTER_CLIENT_IP": "1.2.3.4"},
-        {"HTTP_COOKIE": "sqlasession_inspector=\xff\xfe"},
-        {"HTTP_COOKIE": 'sqlasession_inspector="\\377"'},
+        {"HTTP_COOKIE": f"{COOKIE}=\xff\xfe"},
+        {"HTTP_COOKIE": f'{COOKIE}="\\377"'},
         {"QUERY_STRING": "token=%ff%00", "HTTP_COOKIE": ""},
         {"QUERY_STRING": "token=\xff&" * 3, "HTTP_COOKIE": ""},
         {"PATH_INFO": "//_sqlasession/"},

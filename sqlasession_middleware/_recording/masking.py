@@ -88,8 +88,8 @@ _ALL_TEXTS: Final = re.compile(_TEXTS.pattern + r'|"(?:[^"\\]|""|\\.)*"', re.DOT
 #: What makes it unclear where texts end: servers differ in what a backslash means, and comments have quotes.
 _UNCLEAR: Final = re.compile(r"\\|--|/\*|#")
 #: Names between quotes, which are to stay.
-_QUOTED_NAMES: Final = r'"[^"]*"|`[^`]*`|'
-_TEXTS_AND_NAMES: Final = re.compile(_QUOTED_NAMES + _TEXTS.pattern, re.DOTALL)
+_NAMES: Final = re.compile(r'"[^"]*"|`[^`]*`')
+_TEXTS_AND_NAMES: Final = re.compile(f"{_NAMES.pattern}|{_TEXTS.pattern}", re.DOTALL)
 #: Numbers that may be secrets.
 _NUMBERS: Final = re.compile(r"(?<![\w$:.%?])(?:0[xX]\w+|\d{3,}\w*(?:\.\d+)?)")
 #: What PostgreSQL and MariaDB tell of the database's own values.
@@ -176,7 +176,7 @@ def mask_sql(statement: Statement) -> str:
     is_own = _is_own(statement)
     quotes = "'\"" if is_own else "'"
     masked = _ALL_TEXTS.sub("\0", sql) if is_own else _TEXTS_AND_NAMES.sub(_without_text, sql)
-    if any(quote in re.sub(_QUOTED_NAMES + "$", "", masked) for quote in quotes) or _UNCLEAR.search(sql):
+    if any(quote in _NAMES.sub("", masked) for quote in quotes) or _UNCLEAR.search(sql):
         first = min((found for quote in quotes if (found := sql.find(quote)) >= 0), default=len(sql))
         masked = f"{sql[:first]}\0" if first < len(sql) else masked
     if is_own:
@@ -227,13 +227,13 @@ def shown_error(error: BaseException, masked: Masked, hidden: frozenset[str] = f
     name = type(original).__name__
     try:
         said = str(original)
+        arguments = [str(each) for each in original.args] if hidden else []
     except Exception:  # Of a class of the application's.
         return name
     if masked.has_secrets and not masked.is_whole:
         return name
     if hidden:  # It may quote a part of the statement.
-        arguments = getattr(original, "args", ())
-        said = ": ".join(map(str, arguments)) if len(arguments) > 1 else said
+        said = ": ".join(arguments) if len(arguments) > 1 else said
         said = _ANY_QUOTED.sub(f"'{MASK}'", said.partition("\n")[0])
     elif masked.has_secrets:
         said = said.partition("\n")[0]  # The rest shows rows of the database.
