@@ -37,6 +37,8 @@ TOKEN = "a-token-of-the-tests"
 SECRET = "hunter2-s3cret"
 LOOPBACK = {"REMOTE_ADDR": "127.0.0.1"}
 PATH = "/_sqlasession"
+#: what the cookie for the token is called
+COOKIE = Access(TOKEN, (), (), False).cookie({}, "/").partition("=")[0]
 NOT_FOUND = b"the application's own 404"
 
 
@@ -159,8 +161,8 @@ def make(sqlite_url: str) -> Iterator[Callable[..., Site]]:
 #: What is wrong with a request, and the check that finds it.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no cookie": ({"HTTP_COOKIE": ""}, "has_cookie"),
-    "another cookie": ({"HTTP_COOKIE": "sqlasession_inspector=guessed"}, "has_cookie"),
-    "the token as a cookie": ({"HTTP_COOKIE": f"sqlasession_inspector={TOKEN}"}, "has_cookie"),
+    "another cookie": ({"HTTP_COOKIE": f"{COOKIE}=guessed"}, "has_cookie"),
+    "the token as a cookie": ({"HTTP_COOKIE": f"{COOKIE}={TOKEN}"}, "has_cookie"),
     "another machine": ({"REMOTE_ADDR": "192.0.2.1"}, "_is_peer"),
     "no peer": ({"REMOTE_ADDR": ""}, "_is_peer"),
     "a mapped address of another machine": ({"REMOTE_ADDR": "::ffff:192.0.2.1"}, "_is_peer"),
@@ -255,7 +257,8 @@ def test_tokens_are_compared_in_constant_time(make: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr("hmac.compare_digest", compare)
     assert Client(site.app).get(f"{PATH}/?token=guess", environ_overrides=LOOPBACK).status_code == 303
     assert compared == [(b"guess", TOKEN.encode())]
-    assert site.ask(f"{PATH}/", HTTP_COOKIE="sqlasession_inspector=guess").status_code == 200
+    name = site.sent["HTTP_COOKIE"].partition("=")[0]
+    assert site.ask(f"{PATH}/", HTTP_COOKIE=f"{name}=guess").status_code == 200
     assert compared[1][0] == b"guess"
 
 
@@ -721,7 +724,7 @@ def test_inspector_inside_of_a_request_uses_the_record_that_is_there() -> None:
     for options in ({"server_timing": True}, {}):
         database = SQLASessionMiddleware(with_a_copy, "sqlite://", **options)
         site = Site(database)
-        site.sent["HTTP_COOKIE"] = f"sqlasession_inspector={inspector._access._cookie}"
+        site.sent["HTTP_COOKIE"] = inspector._access.cookie({}, "/").partition(";")[0]
         # The engine is known from the first request on.
         response = site.work(lambda: session.execute(text("SELECT 1")))
         response = site.work(lambda: session.execute(text("SELECT 1")))

@@ -182,8 +182,8 @@ def _status(each: dict[str, Any]) -> str:
 
 
 def _path(path: str) -> str:
-    """A path as it was sent: WSGI has its bytes as Latin-1 (PEP 3333)."""
-    return quote(path.encode("latin-1", "replace"))
+    """A path as it was sent."""
+    return quote(path)
 
 
 def _shown_line(line: str) -> str:

@@ -198,6 +198,8 @@ class MySQL(CompatibleWithMySQL):
     def begin_explaining(self, cursor: Any, is_read: bool, analyze: bool, seconds: int) -> str | None:
         if is_read:  # In such a transaction not even the plan of a write is told.
             cursor.execute("SET SESSION TRANSACTION READ ONLY")
+        else:  # MariaDB calls functions for a plan: what they write is rolled back.
+            cursor.execute("SET SESSION autocommit = 0")
         cursor.execute("SELECT VERSION()")
         is_mariadb = "mariadb" in str(cursor.fetchone()[0]).lower()
         limit = f"max_statement_time = {seconds}" if is_mariadb else f"max_execution_time = {seconds * 1000}"

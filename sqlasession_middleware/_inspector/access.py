@@ -15,7 +15,8 @@ from hashlib import sha256
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any, Final
 
-from werkzeug.http import dump_cookie, parse_cookie
+from werkzeug.http import dump_cookie
+from werkzeug.sansio.http import parse_cookie
 from werkzeug.sansio.utils import host_is_trusted
 
 from .._settings.checks import check_text_or_none
@@ -28,8 +29,11 @@ __all__ = ["Access"]
 
 COOKIE: Final = "sqlasession_inspector"
 #: What proxies add: the peer is the proxy then, and on this machine whoever the client is.
-_FORWARDING: Final = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP", "HTTP_X_CLIENT_IP")
-_FORWARDING_PREFIX: Final = "HTTP_X_FORWARDED_"
+_FORWARDING: Final = (
+    *("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP", "HTTP_X_CLIENT_IP", "HTTP_X_CLUSTER_CLIENT_IP"),
+    *("HTTP_X_ORIGINAL_HOST", "HTTP_TRUE_CLIENT_IP", "HTTP_CF_CONNECTING_IP"),
+)
+_FORWARDING_PREFIX: Final = "HTTP_X_FORWARDED"
 #: A text of at least so many characters may be a token.
 _LENGTH: Final = 16
 _IPV6_HOST: Final = re.compile(r"\[([0-9a-fA-F:.]+)\](?::\d{1,5})?")
@@ -54,6 +58,8 @@ class Access:
             raise ConfigurationError("token", problem)
         #: what the address has
         self.token = token
+        # Cookies do not know ports: two sites of one machine must not take each other's.
+        self._name = f"{COOKIE}_{self._derived('name')[:8]}"
         self._cookie = self._derived("cookie")
         #: what forms have
         self.form_token = self._derived("form")
@@ -79,7 +85,8 @@ class Access:
 
     def has_cookie(self, environ: WSGIEnvironment) -> bool:
         """Whether a request has the cookie that the token was swapped for."""
-        values = parse_cookie(environ.get("HTTP_COOKIE", "")).getlist(COOKIE)
+        header = environ.get("HTTP_COOKIE", "").encode("latin-1", "replace").decode("ascii", "replace")
+        values = parse_cookie(header).getlist(self._name)
         return any(hmac.compare_digest(value.encode(), self._cookie.encode()) for value in values)
 
     def has_form_token(self, given: str) -> bool:
@@ -89,7 +96,7 @@ class Access:
     def cookie(self, environ: WSGIEnvironment, path: str) -> str:
         """The value of ``Set-Cookie``."""
         is_secure = environ.get("wsgi.url_scheme") == "https"
-        return dump_cookie(COOKIE, self._cookie, path=path, secure=is_secure, httponly=True, samesite="Strict")
+        return dump_cookie(self._name, self._cookie, path=path, secure=is_secure, httponly=True, samesite="Strict")
 
     def is_same_origin(self, environ: WSGIEnvironment) -> bool:
         """Whether a request was sent by a page of this site."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from contextlib import closing, suppress
 from contextvars import Context
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import sqlparse
 from sqlalchemy.pool import StaticPool
 
 from .._database.pings import SharedConnection, own_connection
 from .._drivers.registry import driver_of
-from .._recording.masking import MASK, without_values
+from .._recording.masking import MASK, Masked, shown_error, without_values
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -33,7 +33,11 @@ ROWS: Final = 500
 _EXPLAINED: Final = re.compile(r"[\s(]*(SELECT|WITH|VALUES|TABLE|INSERT|UPDATE|DELETE|REPLACE|MERGE)\b", re.IGNORECASE)
 _READS: Final = ("SELECT", "WITH", "VALUES", "TABLE")
 #: What a read has that locks rows, or writes into a file.
-_WRITES: Final = re.compile(r"\bINTO\b|\bFOR\s+(NO\s+KEY\s+)?(UPDATE|SHARE|KEY\s+SHARE)\b", re.IGNORECASE)
+_WRITES: Final = re.compile(
+    r"\bINTO\b|\bFOR\s+(NO\s+KEY\s+)?(UPDATE|SHARE|KEY\s+SHARE)\b|\bLOCK\s+IN\b|/\*M?!", re.IGNORECASE
+)
+#: Comments before a statement, but not those that MySQL executes.
+_COMMENTS: Final = re.compile(r"^(?:[\s(]|--[^\n]*(?:\n|$)|#[^\n]*(?:\n|$)|/\*(?!!|M!).*?\*/)+", re.DOTALL)
 _QUOTED: Final = re.compile(r"'(?:[^']|'')*'")
 
 
@@ -50,7 +54,7 @@ class Plan(NamedTuple):
 
 def may_run(sql: str) -> bool:
     """Whether a statement only reads, as far as its text says: the server has to run it for an ANALYZE."""
-    found = _EXPLAINED.match(_without_comments(sql))
+    found = _EXPLAINED.match(_COMMENTS.sub("", sql))
     return found is not None and found[1].upper() in _READS and _WRITES.search(sql) is None
 
 
@@ -62,7 +66,7 @@ def explain(original: Original, engines: Engines, analyze: bool) -> Plan:
     found = engines.find(original.engine)
     if len(found) != 1:
         return Plan([], [], f"There are {len(found)} engines of the name {original.engine!r}.")
-    if _EXPLAINED.match(_without_comments(original.sql)) is None or len(sqlparse.split(original.sql)) != 1:
+    if _EXPLAINED.match(_COMMENTS.sub("", original.sql)) is None or _are_several(original.sql):
         return Plan([], [], "Only SELECT, INSERT, UPDATE, DELETE and their like have a plan, one at a time.")
     is_read = may_run(original.sql)
     if analyze and not is_read:
@@ -76,8 +80,9 @@ def explain(original: Original, engines: Engines, analyze: bool) -> Plan:
     except SharedConnection:
         return Plan([], [], "This engine has one connection only, which the application uses.")
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".partition("\n")[0]
-        return Plan([], [], engines.without_secrets(without_values(text, original.secrets)))
+        # It may quote a part of the statement, and values.
+        text = shown_error(error, Masked([], 0, frozenset()), original.secrets).partition("\n")[0]
+        return Plan([], [], engines.without_secrets(text))
     return _masked(plan, original, engines)
 
 
@@ -111,6 +116,5 @@ def _masked(plan: Plan, original: Original, engines: Engines) -> Plan:
     return Plan(plan.columns, [[clean(cell) for cell in row] for row in plan.rows], plan.problem)
 
 
-def _without_comments(sql: str) -> str:
-    text: Any = sqlparse.format(sql, strip_comments=True)
-    return str(text)
+def _are_several(sql: str) -> bool:
+    return ";" in sql and len(sqlparse.split(sql)) != 1

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import parse_qsl
 
-from .._recording.masking import mask_parameters, mask_source, mask_sql, shown_error
+from .._recording.masking import SQL_SHOWN, hidden_in_sql, mask_parameters, mask_source, mask_sql, shown_error
 from .._recording.repeats import find_repeats
 from .._recording.stacks import application_frames, format_stack
 
@@ -27,24 +27,10 @@ __all__ = ["SUMMARY", "Engines", "Kept", "Original", "keep", "query_names", "siz
 
 #: What the list shows of a request.
 SUMMARY: Final = (
-    *(
-        "id",
-        "process",
-        "at",
-        "method",
-        "path",
-        "tenant",
-        "query",
-        "status",
-        "raised",
-        "is_running",
-        "seconds",
-        "database",
-    ),
+    *("id", "process", "at", "method", "path", "tenant", "query"),
+    *("status", "raised", "is_running", "seconds", "database"),
     *("waited", "fetched", "committing", "held", "queries", "trips", "warnings", "attempts", "outcome"),
 )
-#: How many characters of a statement are kept to be shown.
-_SQL_SHOWN: Final = 20_000
 #: How large the values may be that are kept so that the statement can be explained.
 _VALUES_AT_MOST: Final = 64 * 1024
 #: The classes of values that are kept so.
@@ -116,7 +102,7 @@ def keep(record: Record, number: str, engines: Engines, told: Mapping[str, Any])
         "process": os.getpid(),
         "at": record.at,
         "method": record.method,
-        "path": record.path,
+        "path": _as_sent(record.path),
         "tenant": record.tenant,
         "status": record.status,
         "seconds": (record.end or perf_counter()) - begin,
@@ -136,7 +122,7 @@ def keep(record: Record, number: str, engines: Engines, told: Mapping[str, Any])
                 "statements": [numbers[id(each)] for each in repeat.statements],
                 "relationship": repeat.statement.relationship,
                 "remedy": repeat.remedy,
-                "stack": _stack(repeat.statement.stack),
+                "stack": engines.without_secrets(_stack(repeat.statement.stack)),
             }
             for repeat in repeats
         ],
@@ -175,7 +161,13 @@ def keep(record: Record, number: str, engines: Engines, told: Mapping[str, Any])
         "objects": {f"{kind.__module__}.{kind.__qualname__}": count for kind, count in list(record.objects.items())},
         **told,
     }
+    data["status"] = engines.without_secrets(str(data["status"]))
     return Kept(data, originals)
+
+
+def _as_sent(path: str) -> str:
+    """A path as a browser shows it. WSGI has each of its bytes as a character."""
+    return path.encode("latin-1", "replace").decode("utf-8", "replace")
 
 
 def query_names(query: str) -> list[str]:
@@ -190,7 +182,7 @@ def size_of(kept: Kept) -> int:
         size += 1500 + len(each["sql"]) + len(each["error"] or "")
         size += sum(len(value) for row in each["parameters"] for pair in row for value in pair)
     for original in kept.originals.values():
-        size += 500 + len(original.sql) + _size_of(original.parameters)
+        size += 500 + len(original.sql) + _size_of(original.parameters) + sum(map(len, original.secrets))
     return size + 300 * sum(len(kept.data[name]) for name in ("waits", "holds", "ends", "objects"))
 
 
@@ -199,8 +191,9 @@ def _keep_statement(statement: Statement, begin: float, engines: Engines) -> tup
     masked = mask_parameters(statement, engines.hides(name))
     hold = statement.hold
     error = statement.error
-    sql = engines.without_secrets(mask_sql(statement)[:_SQL_SHOWN])
-    original, reason = _original(statement, masked.secrets)
+    sql = engines.without_secrets(mask_sql(statement))
+    hidden = hidden_in_sql(statement)
+    original, reason = _original(statement, masked.secrets | hidden)
     data = {
         "engine": name,
         "connection": None if hold is None else hold.connection,
@@ -210,15 +203,15 @@ def _keep_statement(statement: Statement, begin: float, engines: Engines) -> tup
         "fetched": statement.fetched,
         "is_running": not statement.end,
         "sql": sql,
-        "fingerprint": engines.without_secrets(statement.fingerprint[:_SQL_SHOWN]) if sql == statement.sql else sql,
+        "fingerprint": engines.without_secrets(statement.fingerprint[:SQL_SHOWN]) if sql == statement.sql else sql,
         "is_read": statement.is_read,
         "rows": statement.rows,
         "relationship": statement.relationship,
         "sets": masked.total if statement.is_many else 1,
         "parameters": [[(key, engines.without_secrets(value)) for key, value in row] for row in masked.sets],
         "has_secrets": masked.has_secrets,
-        "error": None if error is None else engines.without_secrets(shown_error(error, masked)),
-        "stack": _stack(statement.stack),
+        "error": None if error is None else engines.without_secrets(shown_error(error, masked, hidden)),
+        "stack": engines.without_secrets(_stack(statement.stack)),
         "explain": reason,
     }
     return data, original
@@ -229,9 +222,9 @@ def _original(statement: Statement, secrets: frozenset[str]) -> tuple[Original |
     values = statement.parameters
     if statement.is_many and isinstance(values, list | tuple) and values and not isinstance(values[0], _SIMPLE):
         values = values[0]
-    if len(statement.sql) > _SQL_SHOWN:
+    if len(statement.sql) > SQL_SHOWN:
         return None, "It is too long to be kept as it was sent."
-    if _size_of(values) > _VALUES_AT_MOST:
+    if _size_of(values) > _VALUES_AT_MOST or sum(map(len, secrets)) > _VALUES_AT_MOST:
         return None, "Its values are too large to be kept, or not of Python's own classes."
     copied = dict(values) if isinstance(values, Mapping) else tuple(values or ())
     return Original(statement.sql, copied, statement.engine, statement.is_read, secrets), ""
@@ -241,7 +234,7 @@ def _size_of(values: Any) -> int:
     """How large values are; very much if they lead to further objects."""
     size = 0
     for value in values.values() if isinstance(values, Mapping) else values or ():
-        if isinstance(value, str | bytes):
+        if type(value) in (str, bytes):
             size += len(value)
         elif type(value) not in _SIMPLE and type(value).__module__ not in ("datetime", "decimal", "uuid"):
             return _VALUES_AT_MOST + 1

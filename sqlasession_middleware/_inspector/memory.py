@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .._database.forks import fork_safe_lock
+from .fit import fitting
 from .kept import Kept, size_of, summary
 
 __all__ = ["Memory"]
@@ -32,6 +33,7 @@ class Memory:
 
     def add(self, kept: Kept) -> None:
         """Keep a request, and forget the oldest ones."""
+        kept = fitting(kept, self._most)
         entry = _Entry(kept, size_of(kept))
         with self._lock:
             if len(self._entries) == self._entries.maxlen:

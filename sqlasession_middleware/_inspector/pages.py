@@ -50,7 +50,7 @@ _HEADERS: Final = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _FILES: Final = {"style.css": "text/css", "script.js": "text/javascript", "icon.svg": "image/svg+xml"}
-_EXPLAIN: Final = re.compile(r"/r/([0-9a-f]+)/q/(\d+)/explain")
+_EXPLAIN: Final = re.compile(r"/r/([0-9a-f]+)/q/([0-9]{1,9})/explain")
 _REQUEST: Final = re.compile(r"/r/([0-9a-f]+)(\.json)?")
 #: How many bytes a form may have.
 _FORM: Final = 4096
@@ -181,6 +181,8 @@ def _read_form(environ: WSGIEnvironment) -> dict[str, list[str]]:
 
 
 def _response(content: str | bytes, kind: str, status: int = 200) -> Response:
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")  # Half a character of UTF-16 is no text.
     response = Response(content, status, content_type=f"{kind}; charset=utf-8")
     response.headers.update(_HEADERS)
     return response

@@ -14,11 +14,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager, suppress
-from json import dumps, loads
+from json import JSONDecodeError, dumps, loads
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ..errors import ConfigurationError, shown
+from .fit import fitting
 from .kept import Kept, Original, summary
 
 __all__ = ["Store"]
@@ -89,6 +90,7 @@ class Store:
 
     def add(self, kept: Kept) -> None:
         """Keep a request, and forget the oldest ones."""
+        kept = fitting(kept, self._most)
         storable = {number: each for number, each in kept.originals.items() if _is_storable(kept, number)}
         originals = dumps({number: each[:4] for number, each in storable.items()})
         data = dumps(_explained(kept, storable))
@@ -106,23 +108,23 @@ class Store:
     def summaries(self) -> list[dict[str, Any]]:
         """All of them as the list shows them, the last one first."""
 
-        def select(connection: sqlite3.Connection) -> list[tuple[str]]:
-            return connection.execute("SELECT summary FROM requests ORDER BY number DESC").fetchall()
+        def select(connection: sqlite3.Connection) -> list[dict[str, Any]]:
+            rows = connection.execute("SELECT summary FROM requests ORDER BY number DESC")
+            return [loads(text) for (text,) in rows]
 
-        found: list[tuple[str]] = self._do(select, [])
-        return [loads(text) for (text,) in found]
+        return self._do(select, [])
 
     def find(self, number: str) -> Kept | None:
         """The request with an ID, if it is still there."""
 
-        def select(connection: sqlite3.Connection) -> Any:
-            return connection.execute("SELECT data, originals FROM requests WHERE id = ?", (number,)).fetchone()
-
-        row = self._do(select, None)
-        if row is None:
+        def select(connection: sqlite3.Connection) -> Kept | None:
+            query = "SELECT data, originals FROM requests WHERE id = ?"
+            for data, originals in connection.execute(query, (number,)):
+                found = {int(key): _read_original(*values) for key, values in loads(originals).items()}
+                return Kept(loads(data), found)
             return None
-        originals = {int(key): _read_original(*values) for key, values in loads(row[1]).items()}
-        return Kept(loads(row[0]), originals)
+
+        return self._do(select, None)
 
     def _do(self, what: Callable[[sqlite3.Connection], Result], otherwise: Result, may_renew: bool = True) -> Result:
         """Do something with the file; once more with a new one, if this one is damaged."""
@@ -130,8 +132,8 @@ class Store:
             try:
                 with self._connected() as connection:
                     return what(connection)
-            except (sqlite3.Error, OSError) as error:
-                if may_renew and isinstance(error, sqlite3.DatabaseError) and not _is_busy(error):
+            except (sqlite3.Error, OSError, JSONDecodeError) as error:
+                if may_renew and isinstance(error, sqlite3.DatabaseError | JSONDecodeError) and not _is_busy(error):
                     for end in ("", "-wal", "-shm"):
                         Path(f"{self._file}{end}").unlink(missing_ok=True)
                     return self._do(what, otherwise, may_renew=False)
@@ -171,7 +173,7 @@ def _prepare(folder: Any) -> Path:
     return path
 
 
-def _is_busy(error: sqlite3.DatabaseError) -> bool:
+def _is_busy(error: Exception) -> bool:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
 
@@ -182,7 +184,12 @@ def _is_storable(kept: Kept, number: int) -> bool:
     values = original.parameters
     each = values.values() if isinstance(values, dict) else values
     is_shown = not original.secrets and kept.data["statements"][number]["sql"] == original.sql
-    return is_shown and all(type(value) in _PLAIN for value in each)
+    return is_shown and all(type(value) in _PLAIN and not _is_huge(value) for value in each)
+
+
+def _is_huge(value: Any) -> bool:
+    """Whether a value is a number that Python does not write."""
+    return type(value) is int and value.bit_length() > 1000
 
 
 def _explained(kept: Kept, storable: Collection[int]) -> dict[str, Any]:

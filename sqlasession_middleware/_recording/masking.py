@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
     from .record import Statement
 
-__all__ = ["MASK", "Masked", "is_secret", "mask_parameters", "mask_source", "mask_sql", "shown_error", "without_values"]
+__all__ = [
+    "MASK",
+    "Masked",
+    "hidden_in_sql",
+    "is_secret",
+    "mask_parameters",
+    "mask_source",
+    "mask_sql",
+    "shown_error",
+    "without_values",
+]
 
 #: What stands in the place of a secret.
 MASK: Final = "***"
@@ -33,8 +43,14 @@ MASK: Final = "***"
 SHOWN: Final = 1024
 #: How many of the sets of parameters of an ``executemany()`` are shown.
 SETS: Final = 3
+#: How many of the sets are looked at.
+_LOOKED_AT: Final = 1000
 #: How many parameters of a set are shown.
 NAMES: Final = 100
+#: How many characters of a statement are shown.
+SQL_SHOWN: Final = 20_000
+#: A longer statement is taken for one that names a secret.
+_SEARCHED: Final = 100_000
 
 #: What makes a name one of a secret: a part of it, or one of the words that it is made of.
 _PARTS: Final = re.compile(
@@ -64,11 +80,24 @@ _IDENTIFIER: Final = re.compile(r"[^\W\d]\w*")
 #: Where SQL says "key" and means none.
 _SQL_KEYS: Final = re.compile(r"\b(PRIMARY|FOREIGN|DUPLICATE|UNIQUE|NO)\s+KEY\b", re.IGNORECASE)
 #: The names in JSON, in the query of a URL, or in "password: …".
-_NAMES_IN_VALUE: Final = re.compile(r"""([^\W\d][\w-]*)["']?\s*[:=]""")
+_NAMES_IN_VALUE: Final = re.compile(r"""(?<![\w-])([\w-]+)["']?\s*[:=]""")
 #: Texts in SQL: quoted, and those of PostgreSQL between dollars.
 _TEXTS: Final = re.compile(r"'(?:[^'\\]|''|\\.)*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
 #: The same with MySQL's, which other servers take for names.
 _ALL_TEXTS: Final = re.compile(_TEXTS.pattern + r'|"(?:[^"\\]|""|\\.)*"', re.DOTALL)
+#: What makes it unclear where texts end: servers differ in what a backslash means, and comments have quotes.
+_UNCLEAR: Final = re.compile(r"\\|--|/\*|#")
+#: Names between quotes, which are to stay.
+_NAMES: Final = re.compile(r'"[^"]*"|`[^`]*`')
+_TEXTS_AND_NAMES: Final = re.compile(f"{_NAMES.pattern}|{_TEXTS.pattern}", re.DOTALL)
+#: Numbers that may be secrets.
+_NUMBERS: Final = re.compile(r"(?<![\w$:.%?])(?:0[xX]\w+|\d{3,}\w*(?:\.\d+)?)")
+#: What PostgreSQL and MariaDB tell of the database's own values.
+_ROW: Final = re.compile(r"Failing row contains .*", re.DOTALL)
+_ENTRY: Final = re.compile(r"(Duplicate entry) '.*'( for key)", re.DOTALL)
+_DETAIL: Final = re.compile(r"Key \((.*?)\)=\(.*\)")
+#: Whatever is quoted, the quotes in it as well.
+_ANY_QUOTED: Final = re.compile(r"""['"].*['"]""", re.DOTALL)
 #: Texts in a line of Python, of which the end may be on a later one.
 _PYTHON_TEXTS: Final = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|$)|"(?:[^"\\]|\\.)*(?:"|$)""")
 #: What SQLAlchemy adds to the name of a bind: ``password_1``, ``password_1_2``, ``password_m0``, ``password__0``.
@@ -89,11 +118,13 @@ class Masked(NamedTuple):
     :param sets: the first :data:`SETS` of them, each a list of names and values as they are shown.
     :param total: how many sets there are; 0 if the statement has no parameters.
     :param secrets: the values that are not shown, as texts. They are for :func:`without_values` only.
+    :param is_whole: whether these are all; those of very many sets are not looked at.
     """
 
     sets: list[list[tuple[str, str]]]
     total: int
     secrets: frozenset[str]
+    is_whole: bool = True
 
     @property
     def has_secrets(self) -> bool:
@@ -118,7 +149,7 @@ def mask_parameters(statement: Statement, is_hidden: bool = False) -> Masked:
     names, has_secrets = _binds_of(statement)
     secrets: set[str] = set()
     shown = []
-    for number, each in enumerate(sets):
+    for number, each in enumerate(sets[:_LOOKED_AT]):
         row = []
         for name, value, is_known in _named(statement, each):
             text = _shown_value(value)
@@ -129,24 +160,54 @@ def mask_parameters(statement: Statement, is_hidden: bool = False) -> Masked:
                 or (has_secrets and not is_known)
                 or any(map(is_secret, _NAMES_IN_VALUE.findall(text)))
             ):
-                secrets.add(value if isinstance(value, str) else str(value) if isinstance(value, _PLAIN) else text)
+                secrets.add(str.__str__(value) if isinstance(value, str) else text)
                 text = MASK
             row.append((name, text))
         if number < SETS and row:
             shown.append(row[:NAMES])
-    return Masked(shown, len(sets) if any(sets) else 0, frozenset(secrets))
+    return Masked(shown, len(sets) if any(sets) else 0, frozenset(secrets), len(sets) <= _LOOKED_AT)
 
 
 def mask_sql(statement: Statement) -> str:
-    """The text of a statement without the texts in it, if it names a secret."""
+    """The beginning of the text of a statement, without the texts and long numbers in it if it names a secret."""
+    sql = statement.sql[:SQL_SHOWN]
+    if not _may_hide(statement):
+        return sql
+    is_own = _is_own(statement)
+    quotes = "'\"" if is_own else "'"
+    masked = _ALL_TEXTS.sub("\0", sql) if is_own else _TEXTS_AND_NAMES.sub(_without_text, sql)
+    if any(quote in _NAMES.sub("", masked) for quote in quotes) or _UNCLEAR.search(sql):
+        first = min((found for quote in quotes if (found := sql.find(quote)) >= 0), default=len(sql))
+        masked = f"{sql[:first]}\0" if first < len(sql) else masked
+    if is_own:
+        masked = _NUMBERS.sub(MASK, masked)
+    return masked.replace("\0", f"'{MASK}'")
+
+
+def hidden_in_sql(statement: Statement) -> frozenset[str]:
+    """What :func:`mask_sql` does not show, for :func:`without_values` only."""
+    sql = statement.sql[:SQL_SHOWN]
+    if mask_sql(statement) == sql:
+        return frozenset()
+    texts = {found[0].strip("'\"") for found in _ALL_TEXTS.finditer(sql)}
+    return frozenset({*texts, *_NUMBERS.findall(sql), sql})
+
+
+def _may_hide(statement: Statement) -> bool:
     sql = statement.sql
-    if "'" not in sql and '"' not in sql and "$" not in sql:
-        return sql
-    if not any(map(is_secret, _IDENTIFIER.findall(_SQL_KEYS.sub("", sql)))):
-        return sql
+    if not _is_own(statement) and "'" not in sql and "$" not in sql:
+        return False
+    return len(sql) > _SEARCHED or any(map(is_secret, _IDENTIFIER.findall(_SQL_KEYS.sub("", sql))))
+
+
+def _is_own(statement: Statement) -> bool:
+    """Whether the application has written the text itself."""
     compiled: Any = statement.compiled
-    is_own = compiled is None or isinstance(compiled.statement, TextClause)
-    return (_ALL_TEXTS if is_own else _TEXTS).sub(f"'{MASK}'", sql)
+    return compiled is None or isinstance(compiled.statement, TextClause)
+
+
+def _without_text(found: re.Match[str]) -> str:
+    return found[0] if found[0][0] in '"`' else "\0"
 
 
 def mask_source(line: str) -> str:
@@ -156,21 +217,38 @@ def mask_source(line: str) -> str:
     return line
 
 
-def shown_error(error: BaseException, masked: Masked) -> str:
+def shown_error(error: BaseException, masked: Masked, hidden: frozenset[str] = frozenset()) -> str:
     """What a driver says, without what the statement's secrets are.
 
     :param error: SQLAlchemy's, whose own text has the statement with its parameters, or the driver's.
+    :param hidden: those in the text of the statement.
     """
     original = getattr(error, "orig", None) or error
-    text = f"{type(original).__name__}: {original}"
-    if masked.has_secrets:
-        text = text.partition("\n")[0]  # The rest shows rows of the database.
-    return without_values(text, masked.secrets)[:SHOWN]
+    name = type(original).__name__
+    try:
+        said = str(original)
+        arguments = [str(each) for each in original.args] if hidden else []
+    except Exception:  # Of a class of the application's.
+        return name
+    if masked.has_secrets and not masked.is_whole:
+        return name
+    if hidden:  # It may quote a part of the statement.
+        said = ": ".join(arguments) if len(arguments) > 1 else said
+        said = _ANY_QUOTED.sub(f"'{MASK}'", said.partition("\n")[0])
+    elif masked.has_secrets:
+        said = said.partition("\n")[0]  # The rest shows rows of the database.
+    # Values that the statement does not have, but the row.
+    said = _DETAIL.sub(_without_detail, _ENTRY.sub(rf"\1 '{MASK}'\2", _ROW.sub(f"Failing row contains {MASK}", said)))
+    return without_values(f"{name}: {said}", masked.secrets | hidden)[:SHOWN]
+
+
+def _without_detail(found: re.Match[str]) -> str:
+    return f"Key ({found[1]})=({MASK})" if any(map(is_secret, _IDENTIFIER.findall(found[1]))) else found[0]
 
 
 def without_values(text: str, values: Iterable[str]) -> str:
     """Replace values in a text, longer ones first."""
-    for value in sorted(filter(None, values), key=len, reverse=True):
+    for value in sorted((each for each in values if each and each in text), key=len, reverse=True):
         # A short one is a part of other words.
         pattern = re.escape(value) if len(value) > 3 else rf"(?<!\w){re.escape(value)}(?!\w)"
         text = re.sub(pattern, MASK, text)
@@ -178,6 +256,13 @@ def without_values(text: str, values: Iterable[str]) -> str:
 
 
 def _shown_value(value: Any) -> str:
+    try:
+        return _text_of(value)
+    except Exception:  # Of a class of the application's, or a number that Python does not write.
+        return f"({type(value).__name__})"
+
+
+def _text_of(value: Any) -> str:
     if value is None:
         return "NULL"
     if isinstance(value, str):
