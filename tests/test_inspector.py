@@ -825,6 +825,23 @@ def test_request_is_answered_when_it_cannot_be_kept(
     assert site.requests() == []
 
 
+def test_pages_show_the_others_when_one_that_runs_cannot_be_kept(
+    make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make()
+    site.work(read)
+    body = site.app(environ(work=lambda: iter([b"one", b"two"])), start_response)
+    step = iter(body)
+    next(step)
+    running = site.requests()[0]["id"]
+    monkeypatch.setattr("sqlasession_middleware._inspector.watch.keep", lambda *given: 1 / 0)
+    assert [each["is_running"] for each in site.requests()] == [False]
+    assert site.browser.get(f"{PATH}/r/{running}", environ_overrides=site.sent).status_code == 404
+    assert {each.message for each in caplog.records} >= {"A request cannot be kept"}
+    monkeypatch.undo()
+    body.close()
+
+
 def test_error_that_the_application_hands_on_reaches_the_server() -> None:
     seen = []
 

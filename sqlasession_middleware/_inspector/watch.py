@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
@@ -107,23 +108,37 @@ class Watch:
             for each in over:
                 del self._running[each.number]
         for each in over:
-            try:
+            with _logging_failures():
                 each.finish()
                 self._keeper.add(each.keep(self._engines))
-            except Exception:  # It has been answered, and whoever asked has no use for this.
-                logger.exception("A request cannot be kept")
 
     def summaries(self) -> list[dict[str, Any]]:
         """All requests as the list shows them, the last one first, and those before that still run."""
         self.sweep()
-        running = [summary(each.keep(self._engines).data) for each in reversed(list(self._running.values()))]
+        running = []
+        for each in reversed(list(self._running.values())):
+            with _logging_failures():
+                running.append(summary(each.keep(self._engines).data))
         return running + self._keeper.summaries()
 
     def find(self, number: str) -> Kept | None:
         """The request with an ID, if it runs or is still there."""
         self.sweep()
         running = self._running.get(number)
-        return self._keeper.find(number) if running is None else running.keep(self._engines)
+        if running is None:
+            return self._keeper.find(number)
+        with _logging_failures():
+            return running.keep(self._engines)
+        return None
+
+
+@contextmanager
+def _logging_failures() -> Iterator[None]:
+    """Log what cannot be kept: whoever has asked the application has no use for this error."""
+    try:
+        yield
+    except Exception:
+        logger.exception("A request cannot be kept")
 
 
 class _Running:
