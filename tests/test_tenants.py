@@ -17,8 +17,10 @@ from paste.deploy import loadapp
 from sqlalchemy import Column, MetaData, String, Table, create_engine, event, insert, make_url, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.pool import NullPool
 
 from sqlasession_middleware import after_commit, application, has_scope, session
+from sqlasession_middleware._database.breaker import _registered
 from sqlasession_middleware._drivers.registry import driver_of
 from sqlasession_middleware._sessions.connections import open_connections
 from sqlasession_middleware.cli import main
@@ -554,6 +556,73 @@ def test_breaker_is_the_servers() -> None:
     assert (tried, breaker_state(globex)) == ([], "open")
     assert call(app, HTTP_X_TENANT="initech")[0] == "200 OK"
     app.dispose()
+
+
+@pytest.mark.parametrize("drivername", ["postgresql+psycopg", "postgresql+psycopg2"])
+@pytest.mark.parametrize("limited", ["DATABASE", "ROLE"])
+def test_limit_of_one_tenant_is_not_the_servers(limited: str, drivername: str) -> None:
+    """One that has its CONNECTION LIMIT is told so, and the others on the server are served. An outage is another."""
+    given = make_url(DATABASES_SEEN.url("postgresql", "")).set(drivername=drivername)
+    names = {name: f"{given.database}_{name}" for name in NAMES[:2]}
+    url = given.set(password="x")
+    admin = create_engine(given, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+
+    def administer(*statements: str) -> None:
+        with admin.connect() as connection:
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+
+    undo = [
+        *(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)' for name in names.values()),
+        *(f'DROP ROLE IF EXISTS "{name}"' for name in names.values()),
+    ]
+    administer(*undo)
+    apps: list[TenantsMiddleware] = []
+    try:
+        for name in names.values():
+            administer(f"CREATE ROLE \"{name}\" LOGIN PASSWORD 'x'", f'CREATE DATABASE "{name}"')
+        # Superusers are exempt, so each tenant has a role.
+        app = TenantsMiddleware(
+            select_1,
+            lambda name: url.set(username=names[name], database=names[name]),
+            tenant="header:X-Tenant",
+            known=NAMES[:2],
+            unavailable={"breaker_failures": 1, "breaker_seconds": 1000},
+        )
+        apps.append(app)
+        administer(f'ALTER {limited} "{names["acme"]}" CONNECTION LIMIT 0')
+        for _ in range(2):
+            assert call(app, HTTP_X_TENANT="acme")[0] == "503 Service Unavailable"
+            assert call(app, HTTP_X_TENANT="globex")[0] == "200 OK"
+        engine = app.application("acme").engine
+        assert breaker_state(engine) == "closed"
+        # One that tries whether the server is back gets an answer of it, although it is turned away.
+        breaker = _registered(engine)
+        breaker.fail(OperationalError("", {}, Exception("away")))
+        assert breaker_state(engine) == "open"
+        breaker.open_until = 0.001
+        assert call(app, HTTP_X_TENANT="acme")[0] == "503 Service Unavailable"
+        assert breaker_state(engine) == "closed"
+        administer(f'ALTER {limited} "{names["acme"]}" CONNECTION LIMIT 1')
+        assert call(app, HTTP_X_TENANT="acme")[0] == "200 OK"
+    finally:
+        for each in apps:
+            each.dispose()
+        administer(*undo)
+        admin.dispose()
+
+
+@pytest.mark.parametrize(
+    ("url", "number", "is_own"),
+    [
+        ("mysql+pymysql://", 1040, False),  # ER_CON_COUNT_ERROR
+        ("mysql+pymysql://", 1203, True),  # ER_TOO_MANY_USER_CONNECTIONS
+        ("mysql+pymysql://", 1226, True),  # ER_USER_LIMIT_REACHED
+        ("sqlite://", 1, False),
+    ],
+)
+def test_limit_of_an_account_differs_from_the_servers(url: str, number: int, is_own: bool) -> None:
+    assert driver_of(create_engine(url)).is_at_its_own_limit(OperationalError("", {}, Exception(number)).orig) is is_own
 
 
 def select_1(environ: Environ, start: StartResponse) -> list[bytes]:

@@ -79,6 +79,8 @@ class Breaker:
 
     #: whose breaker it is
     engines: WeakSet[Engine]
+    #: whether it is that of a server, and not of one database there
+    is_of_server = False
 
     def __init__(
         self, failures: int, seconds: float, on_open: Callable[[BaseException], None], on_close: Callable[[], None]
@@ -176,7 +178,7 @@ class _GuardedPool(Pool):
         try:
             return super().connect()
         except Exception as error:
-            if shows_outage(error):
+            if self._counts(error):
                 breaker.fail(error)
             raise
 
@@ -191,13 +193,18 @@ class _GuardedPool(Pool):
             breaker.close()
             return connection
         except Exception as error:
-            if shows_outage(error):
+            if self._counts(error):
                 breaker.fail(error)
             elif driver_that_made(error) is not UNKNOWN:
                 breaker.close()  # A refused login, for example: that is the server's answer.
             raise
         finally:
             breaker.end_try()
+
+    def _counts(self, error: BaseException) -> bool:
+        if self.breaker.is_of_server and driver_of(self.dialect).is_at_its_own_limit(error):
+            return False  # The server has answered, and the other databases there have room.
+        return shows_outage(error)
 
 
 def ask_server(connection: PoolProxiedConnection, dialect: Dialect) -> None:
@@ -236,6 +243,7 @@ def _guard(engine: Engine, failures: int, seconds: float, shared: dict[str, Brea
         place = f"{name}?{sorted(each for each in url.normalized_query.items() if each[0] in ('host', 'port'))}"
         if place not in shared:
             shared[place] = _make_breaker(name, url, failures, seconds)
+            shared[place].is_of_server = True
         breaker = shared[place]
     breaker.engines.add(engine)
     register(engine, breaker)
