@@ -1063,7 +1063,7 @@ class TestIni:
         )
         app = loadapp(f"config:{path}")
         assert isinstance(app, TenantsMiddleware)
-        assert repr(app._known._directory) == f"sqlite:///{tmp_path}/directory.db"
+        assert repr(app._known.directory) == f"sqlite:///{tmp_path}/directory.db"
         assert (app._table._idle, app._table._most, app._required) == (30, 7, False)
 
     def test_other_keys(self, tmp_path: Path) -> None:

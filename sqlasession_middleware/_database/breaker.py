@@ -44,6 +44,7 @@ __all__ = [
     "forget_connections",
     "guard",
     "note_silence",
+    "place_of_server",
     "register",
     "unguarded_pool",
 ]
@@ -239,8 +240,8 @@ def _guard(engine: Engine, failures: int, seconds: float, shared: dict[str, Brea
         breaker = _make_breaker(name, url, failures, seconds)
     else:
         # One server has the databases of many tenants, and it is the server that is out of reach.
-        name = shown_url(URL.create(url.drivername, host=url.host, port=url.port))
-        place = f"{name}?{sorted(each for each in url.normalized_query.items() if each[0] in ('host', 'port'))}"
+        name = _name_of_server(url)
+        place = place_of_server(url)
         if place not in shared:
             shared[place] = _make_breaker(name, url, failures, seconds)
             shared[place].is_of_server = True
@@ -255,6 +256,16 @@ def _guard(engine: Engine, failures: int, seconds: float, shared: dict[str, Brea
     # A new connection is no answer of the server, if there is a pooler in front of it.
     event.listen(engine, "checkin", note_answer)
     _guard_pool(engine.pool, breaker, name, engine.dialect)
+
+
+def _name_of_server(url: URL) -> str:
+    return shown_url(URL.create(url.drivername, host=url.host, port=url.port))
+
+
+def place_of_server(url: URL) -> str:
+    """What the URLs of all databases of one server have in common, without anything secret."""
+    hosts = sorted(each for each in url.normalized_query.items() if each[0] in ("host", "port"))
+    return f"{_name_of_server(url)}?{hosts}"
 
 
 def _make_breaker(name: str, url: URL, failures: int, seconds: float) -> Breaker:
