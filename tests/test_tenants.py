@@ -1152,6 +1152,62 @@ class TestCommand:
         done = self.command("shell", path, "--tenant", "globex", said="print(application.tenant)\n")
         assert (done.exit_code, "globex" in done.stdout) == (0, True)
 
+    def test_shell_of_all_opens_their_contexts(self, tmp_path: Path) -> None:
+        path = ini_of_tenants(tmp_path)
+        loop = "for name in tenants.names():\n    with tenants.context(name):\n        "
+        said = f"{loop}print('in', application.tenant, session.scalar(text('SELECT 1')))\n\nprint('after')\n"
+        done = self.command("shell", path, "--all-tenants", said=f"from sqlalchemy import text\n{said}")
+        assert done.exit_code == 0
+        assert re.findall(r"in \w+ 1|after", done.stdout) == ["in acme 1", "in globex 1", "after"]
+        assert "tenants.names(): " in done.output
+
+    @pytest.mark.parametrize(("options", "kept"), [((), 0), (("--commit",), 1)], ids=["rolled back", "committed"])
+    def test_code_runs_once_for_each(self, tmp_path: Path, options: tuple[str, ...], kept: int) -> None:
+        path = ini_of_tenants(tmp_path, "acme, away, globex")
+        self.command("create", path, "--all-tenants")
+        imported = "from tests.test_tenants import Note\n"  # Other modules may have mapped classes of that name.
+        code = f"{imported}session.add(Note(owner=application.tenant))\nsession.flush()\n"
+        code += "seen = [*globals().get('seen', []), 1]\nassert len(seen) == 1\n"
+        done = self.command("shell", path, "--all-tenants", *options, "-c", code)
+        assert done.exit_code == 1
+        assert done.stdout.splitlines() == ["1 of 3: acme: done", "3 of 3: globex: done", "done: 2 tenants"]
+        first, summary = done.stderr.splitlines()
+        assert first.startswith("error: the tenant away: bind names the SQLite file")
+        assert summary == "error: 1 of 3 tenants have failed: away"
+        owners = f"{imported}print([each.owner for each in session.query(Note)])"
+        for name in ("acme", "globex"):
+            done = self.command("shell", path, "--tenant", name, "-c", owners)
+            assert (done.exit_code, done.stdout) == (0, f"{[name] * kept}\n")
+
+    def test_code_that_fails_is_told_with_its_line(self, tmp_path: Path) -> None:
+        done = self.command("shell", ini_of_tenants(tmp_path), "--tenant", "acme", "-c", "def f():\n    1 / 0\nf()")
+        assert (done.exit_code, done.stderr) == (1, "error: line 2: ZeroDivisionError: division by zero\n")
+        done = self.command("shell", ini_of_tenants(tmp_path), "--all-tenants", "-c", "{'acme': 1}[application.tenant]")
+        assert done.stdout.splitlines() == ["1 of 2: acme: done", "done: 1 tenant"]
+        assert done.stderr.splitlines()[0] == "error: the tenant globex: line 1: KeyError: 'globex'"
+
+    def test_code_that_fails_at_the_commit(self, tmp_path: Path) -> None:
+        imported = "from tests.test_tenants import Note\n"
+        path = ini_of_tenants(tmp_path, "acme")
+        self.command("create", path, "--all-tenants")
+        done = self.command("shell", path, "--tenant", "acme", "--commit", "-c", f"{imported}session.add(Note())")
+        assert (done.exit_code, done.stderr[:23]) == (1, "error: IntegrityError: ")
+        assert self.command("shell", path, "--tenant", "acme", "--commit", "-c", "1").exit_code == 0
+
+    @pytest.mark.parametrize(
+        ("options", "problem"),
+        [
+            (("--commit",), "error: --commit needs -c or one tenant: "),
+            (("-c", "for"), "error: -c must be Python: invalid syntax (<-c>, line 1)"),
+            (("-c", "\0"), "error: -c must be Python: "),
+        ],
+        ids=["commit", "syntax", "NUL"],
+    )
+    def test_code_is_checked_before_anything_runs(self, tmp_path: Path, options: tuple[str, ...], problem: str) -> None:
+        done = self.command("shell", ini_of_tenants(tmp_path), "--all-tenants", *options)
+        assert done.exit_code == 2
+        assert done.stderr.startswith(problem)
+
     @pytest.mark.parametrize(
         "arguments",
         [("create",), ("check",), ("shell",), ("wait",), ("drop", "--yes"), ("create", "--tenant", "nobody")],
