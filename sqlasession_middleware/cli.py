@@ -38,9 +38,9 @@ from ._command.ini import Ini, configure_logging, load, read_section
 from ._command.messages import counted, fail, refuse, run_or_fail, title_of
 from ._command.report import complain_of_inspectors, print_survey
 from ._command.server import SERVER, Workers, read_workers, serve_with_waitress
-from ._command.shell import open_shell
+from ._command.shell import compile_code, open_shell, open_shell_of_tenants, run_code
 from ._command.survey import find_inspectors, make_survey
-from ._command.tenants import applications_of, check_all, create_all, tenants_of
+from ._command.tenants import applications_of, check_all, create_all, run_in_all, tenants_of
 from ._command.wait import Seconds, end_by_signals, wait_for
 
 if TYPE_CHECKING:
@@ -198,18 +198,37 @@ def wait(ini: Ini, timeout: float) -> None:
 @main.command()
 @_of_an_ini
 @click.option("--commit", is_flag=True, help="Commit on exit what was not committed; otherwise it is rolled back.")
+@click.option("-c", "code", metavar="CODE", help="Run this Python code in place of a shell.")
 @_of_a_tenant
-def shell(ini: Ini, commit: bool, tenant: str | None) -> None:
+@_of_all_tenants
+def shell(ini: Ini, commit: bool, code: str | None, tenant: str | None, all_tenants: bool) -> None:
     """Open a Python shell in the scope of an application.
 
     It has the session, the application, its metadata and all mapped classes ready. It is IPython's, where that is
-    installed.
+    installed. With --all-tenants, it has the tenants ready, whose contexts are to be opened; code of -c runs once for
+    each tenant.
     """
+    compiled = None if code is None else compile_code(code)
+    if all_tenants and compiled is None and commit:
+        refuse("--commit needs -c or one tenant: in a shell with --all-tenants, call session.commit() in each context.")
     _, found = _load(ini)
+    if all_tenants:
+        tenants = tenants_of(found, ini)
+        if compiled is None:
+            open_shell_of_tenants(tenants)
+        else:
+            run_in_all(tenants, compiled, commit)
+        return
     applications = applications_of(found, ini, tenant)
     if len(applications) > 1:
         refuse(f"{ini} has {len(applications)} applications with a database: pick one by its name, {ini.path}#NAME.")
-    open_shell(applications[0], commit)
+    if compiled is None:
+        open_shell(applications[0], commit)
+        return
+    try:
+        run_code(applications[0], compiled, commit)
+    except LookupError as error:
+        fail(str(error))
 
 
 @main.command()

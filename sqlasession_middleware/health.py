@@ -14,24 +14,29 @@ import json
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ._database.binds import DEFAULT
 from ._database.breaker import breaker_state
 from ._database.pings import State, ask_engines, prepare_pings
 from ._scope.local import application as _application
 from ._scope.scope import running_scope
 from ._settings.checks import check_application, check_path_or_none, check_seconds_above_0
+from ._tenants.readiness import readiness_of_application
 from ._wsgi.webob import Request, Response
 from ._wsgi.wrapped import applications_in
 from .errors import ConfigurationError, of_application, shown
 from .middleware import SQLASessionMiddleware
+from .tenants import TenantsMiddleware
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from sqlalchemy import Engine
 
 __all__ = ["HealthMiddleware"]
 
 #: The proxy that stands for the application of the running request.
 _AROUND: Any = _application
+
+#: Whose engines can be asked.
+_ASKED = (SQLASessionMiddleware, TenantsMiddleware)
 
 _TYPES = ("text/plain", "application/json")
 _METHODS = ("GET", "HEAD")
@@ -40,9 +45,10 @@ _METHODS = ("GET", "HEAD")
 class HealthMiddleware:
     """Answers at two paths, and hands all other requests on.
 
-    :param app: any WSGI application: a :class:`~sqlasession_middleware.SQLASessionMiddleware`, or what leads to one.
-    :param application: the :class:`~sqlasession_middleware.SQLASessionMiddleware` whose engines are asked, if ``app``
-        does not lead to it. :data:`sqlasession_middleware.application` is the one that is around this middleware.
+    :param app: any WSGI application: a :class:`~sqlasession_middleware.SQLASessionMiddleware` or a
+        :class:`~sqlasession_middleware.tenants.TenantsMiddleware`, or what leads to one.
+    :param application: the one of these whose engines are asked, if ``app`` does not lead to it.
+        :data:`sqlasession_middleware.application` is the one that is around this middleware.
     :param live: the path that answers as long as the process does; None for none.
     :param ready: the path that asks the engines; None for none.
     :param timeout: after how many seconds ``ready`` answers at the latest, whatever the engines do.
@@ -54,7 +60,7 @@ class HealthMiddleware:
         self,
         app: WSGIApplication,
         *,
-        application: SQLASessionMiddleware | None = None,
+        application: SQLASessionMiddleware | TenantsMiddleware | None = None,
         live: str | None = "/healthz",
         ready: str | None = "/readyz",
         timeout: float = 1.0,
@@ -67,11 +73,14 @@ class HealthMiddleware:
         check_seconds_above_0("timeout", timeout)
         self.app = app
         self.timeout = timeout
-        self._application: SQLASessionMiddleware | None = None
+        self._application: SQLASessionMiddleware | TenantsMiddleware | None = None
         if application is not _AROUND and (ready is not None or application is not None):
             self._application = _find(app) if application is None else _check(application)
-            for source in self._application._sources():
-                source.on_creation(prepare_pings)
+            if isinstance(self._application, TenantsMiddleware):
+                self._application.prepare_readiness(prepare_pings)
+            else:
+                for source in self._application._sources():
+                    source.on_creation(prepare_pings)
         answers = {live: self._answer_live, ready: self._answer_ready}
         self._answers: dict[str | None, Callable[[], tuple[int, dict[str, Any], str]]] = {
             path: answer for path, answer in answers.items() if path is not None
@@ -101,14 +110,13 @@ class HealthMiddleware:
 
     def _answer_ready(self) -> tuple[int, dict[str, Any], str]:
         application = self._owner()
-        states = ask_engines(
-            application.engines, self.timeout, application.without_secrets, of_application(application)
-        )
-        routing = application.routing
-        # The primary serves the reads of a replica that is away.
-        needed = (DEFAULT, *(() if routing is None else routing.binds))
-        is_ready = all(states[name].answers for name in needed)
-        engines = {name: _described(application, name, state) for name, state in states.items()}
+        if isinstance(application, TenantsMiddleware):
+            asked = application.readiness()
+        else:
+            asked = readiness_of_application(application)
+        states = ask_engines(asked.engines, self.timeout, asked.without_secrets, of_application(application))
+        is_ready = asked.is_ready(states)
+        engines = {name: _described(asked.engines[name], state) for name, state in states.items()}
         lines = ["ready" if is_ready else "not ready"]
         for name, words in engines.items():
             breaker = words.get("breaker")
@@ -116,7 +124,7 @@ class HealthMiddleware:
         told = {} if application.name is None else {"application": application.name}
         return 200 if is_ready else 503, {"ready": is_ready, **told, "engines": engines}, "\n".join(lines) + "\n"
 
-    def _owner(self) -> SQLASessionMiddleware:
+    def _owner(self) -> SQLASessionMiddleware | TenantsMiddleware:
         if self._application is not None:
             return self._application
         scope = running_scope()
@@ -129,25 +137,24 @@ class HealthMiddleware:
         return scope.owner
 
 
-def _described(application: SQLASessionMiddleware, name: str, state: State) -> dict[str, str]:
+def _described(engine: Engine, state: State) -> dict[str, str]:
     """What is told of an engine, by the keys in JSON."""
-    breaker = breaker_state(application.engines[name])
+    breaker = breaker_state(engine)
     return {"state": state.value} | ({} if breaker in (None, "closed") else {"breaker": breaker})
 
 
-def _check(application: Any) -> SQLASessionMiddleware:
-    if not isinstance(application, SQLASessionMiddleware):
+def _check(application: Any) -> SQLASessionMiddleware | TenantsMiddleware:
+    if not isinstance(application, _ASKED):
         raise ConfigurationError("application", f"must be a SQLASessionMiddleware, got {type(application).__name__}.")
     return application
 
 
-def _find(app: Any) -> SQLASessionMiddleware:
+def _find(app: Any) -> SQLASessionMiddleware | TenantsMiddleware:
     """Find the middleware that an application is, or that it wraps.
 
     :raises ConfigurationError: if there is none, or more than one.
     """
-    inside = applications_in(app, leaf=SQLASessionMiddleware)
-    found = [each for each in inside if isinstance(each, SQLASessionMiddleware)]
+    found = [each for each in applications_in(app, leaf=_ASKED) if isinstance(each, _ASKED)]
     if len(found) == 1:
         return found[0]
     if found:

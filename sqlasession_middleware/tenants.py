@@ -28,6 +28,7 @@ from ._tenants.application import TenantApplication, now
 from ._tenants.binds import longest_name
 from ._tenants.maker import ApplicationMaker
 from ._tenants.names import KnownNames
+from ._tenants.readiness import Readiness, readiness_of_tenants
 from ._tenants.resolvers import make_resolver, shift_path
 from ._tenants.table import TenantTable
 from ._wsgi import error_pages
@@ -35,8 +36,10 @@ from .errors import ConfigurationError, UnknownTenantError, shown
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from sqlalchemy import Engine
 
     from ._lifecycle.context import ScopeContext
+    from .middleware import SQLASessionMiddleware
 
 __all__ = ["TenantsMiddleware"]
 
@@ -89,6 +92,8 @@ class TenantsMiddleware:
     ) -> None:
         check_application(app)
         self.app = app
+        #: what health checks call it
+        self.name: str | None = options.get("name")
         self._resolve = make_resolver(tenant, domain, hosts)
         self._shifts = tenant == "path"
         check_boolean("required", required)
@@ -189,6 +194,24 @@ class TenantsMiddleware:
         self._maker.on_making.append(call)
         for application in list(self._table.applications.values()):
             call(application)
+
+    def prepare_readiness(self, prepare: Callable[[Engine], None]) -> None:
+        """Have a function called with each engine that a health check may ask, when it is created."""
+
+        def prepare_all(application: SQLASessionMiddleware) -> None:
+            for source in application.named_sources().values():
+                source.on_creation(prepare)
+
+        if self._known.directory is not None:
+            self._known.directory.on_creation(prepare)
+        if self.shared is None:
+            self.on_making(prepare_all)
+        else:
+            prepare_all(self.shared)
+
+    def readiness(self) -> Readiness:
+        """What a health check asks now."""
+        return readiness_of_tenants(self.shared, list(self._table.applications.values()), self._known)
 
     def dispose(self) -> None:
         """Close the idle connections of all tenants. What they have begun in the background is waited for first."""

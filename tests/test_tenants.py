@@ -17,9 +17,11 @@ from paste.deploy import loadapp
 from sqlalchemy import Column, MetaData, String, Table, create_engine, event, insert, make_url, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.pool import NullPool
 from werkzeug.test import Client
 
 from sqlasession_middleware import after_commit, application, has_scope, session
+from sqlasession_middleware._database.breaker import _registered
 from sqlasession_middleware._drivers.registry import driver_of
 from sqlasession_middleware._sessions.connections import open_connections
 from sqlasession_middleware.cli import main
@@ -558,6 +560,73 @@ def test_breaker_is_the_servers() -> None:
     app.dispose()
 
 
+@pytest.mark.parametrize("drivername", ["postgresql+psycopg", "postgresql+psycopg2"])
+@pytest.mark.parametrize("limited", ["DATABASE", "ROLE"])
+def test_limit_of_one_tenant_is_not_the_servers(limited: str, drivername: str) -> None:
+    """One that has its CONNECTION LIMIT is told so, and the others on the server are served. An outage is another."""
+    given = make_url(DATABASES_SEEN.url("postgresql", "")).set(drivername=drivername)
+    names = {name: f"{given.database}_{name}" for name in NAMES[:2]}
+    url = given.set(password="x")
+    admin = create_engine(given, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+
+    def administer(*statements: str) -> None:
+        with admin.connect() as connection:
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+
+    undo = [
+        *(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)' for name in names.values()),
+        *(f'DROP ROLE IF EXISTS "{name}"' for name in names.values()),
+    ]
+    administer(*undo)
+    apps: list[TenantsMiddleware] = []
+    try:
+        for name in names.values():
+            administer(f"CREATE ROLE \"{name}\" LOGIN PASSWORD 'x'", f'CREATE DATABASE "{name}"')
+        # Superusers are exempt, so each tenant has a role.
+        app = TenantsMiddleware(
+            select_1,
+            lambda name: url.set(username=names[name], database=names[name]),
+            tenant="header:X-Tenant",
+            known=NAMES[:2],
+            unavailable={"breaker_failures": 1, "breaker_seconds": 1000},
+        )
+        apps.append(app)
+        administer(f'ALTER {limited} "{names["acme"]}" CONNECTION LIMIT 0')
+        for _ in range(2):
+            assert call(app, HTTP_X_TENANT="acme")[0] == "503 Service Unavailable"
+            assert call(app, HTTP_X_TENANT="globex")[0] == "200 OK"
+        engine = app.application("acme").engine
+        assert breaker_state(engine) == "closed"
+        # One that tries whether the server is back gets an answer of it, although it is turned away.
+        breaker = _registered(engine)
+        breaker.fail(OperationalError("", {}, Exception("away")))
+        assert breaker_state(engine) == "open"
+        breaker.open_until = 0.001
+        assert call(app, HTTP_X_TENANT="acme")[0] == "503 Service Unavailable"
+        assert breaker_state(engine) == "closed"
+        administer(f'ALTER {limited} "{names["acme"]}" CONNECTION LIMIT 1')
+        assert call(app, HTTP_X_TENANT="acme")[0] == "200 OK"
+    finally:
+        for each in apps:
+            each.dispose()
+        administer(*undo)
+        admin.dispose()
+
+
+@pytest.mark.parametrize(
+    ("url", "number", "is_own"),
+    [
+        ("mysql+pymysql://", 1040, False),  # ER_CON_COUNT_ERROR
+        ("mysql+pymysql://", 1203, True),  # ER_TOO_MANY_USER_CONNECTIONS
+        ("mysql+pymysql://", 1226, True),  # ER_USER_LIMIT_REACHED
+        ("sqlite://", 1, False),
+    ],
+)
+def test_limit_of_an_account_differs_from_the_servers(url: str, number: int, is_own: bool) -> None:
+    assert driver_of(create_engine(url)).is_at_its_own_limit(OperationalError("", {}, Exception(number)).orig) is is_own
+
+
 def select_1(environ: Environ, start: StartResponse) -> list[bytes]:
     session.execute(text("SELECT 1"))
     start("200 OK", [])
@@ -1024,7 +1093,7 @@ class TestIni:
         )
         app = loadapp(f"config:{path}")
         assert isinstance(app, TenantsMiddleware)
-        assert repr(app._known._directory) == f"sqlite:///{tmp_path}/directory.db"
+        assert repr(app._known.directory) == f"sqlite:///{tmp_path}/directory.db"
         assert (app._table._idle, app._table._most, app._required) == (30, 7, False)
 
     def test_other_keys(self, tmp_path: Path) -> None:
@@ -1112,6 +1181,62 @@ class TestCommand:
         path = ini_of_tenants(tmp_path)
         done = self.command("shell", path, "--tenant", "globex", said="print(application.tenant)\n")
         assert (done.exit_code, "globex" in done.stdout) == (0, True)
+
+    def test_shell_of_all_opens_their_contexts(self, tmp_path: Path) -> None:
+        path = ini_of_tenants(tmp_path)
+        loop = "for name in tenants.names():\n    with tenants.context(name):\n        "
+        said = f"{loop}print('in', application.tenant, session.scalar(text('SELECT 1')))\n\nprint('after')\n"
+        done = self.command("shell", path, "--all-tenants", said=f"from sqlalchemy import text\n{said}")
+        assert done.exit_code == 0
+        assert re.findall(r"in \w+ 1|after", done.stdout) == ["in acme 1", "in globex 1", "after"]
+        assert "tenants.names(): " in done.output
+
+    @pytest.mark.parametrize(("options", "kept"), [((), 0), (("--commit",), 1)], ids=["rolled back", "committed"])
+    def test_code_runs_once_for_each(self, tmp_path: Path, options: tuple[str, ...], kept: int) -> None:
+        path = ini_of_tenants(tmp_path, "acme, away, globex")
+        self.command("create", path, "--all-tenants")
+        imported = "from tests.test_tenants import Note\n"  # Other modules may have mapped classes of that name.
+        code = f"{imported}session.add(Note(owner=application.tenant))\nsession.flush()\n"
+        code += "seen = [*globals().get('seen', []), 1]\nassert len(seen) == 1\n"
+        done = self.command("shell", path, "--all-tenants", *options, "-c", code)
+        assert done.exit_code == 1
+        assert done.stdout.splitlines() == ["1 of 3: acme: done", "3 of 3: globex: done", "done: 2 tenants"]
+        first, summary = done.stderr.splitlines()
+        assert first.startswith("error: the tenant away: bind names the SQLite file")
+        assert summary == "error: 1 of 3 tenants have failed: away"
+        owners = f"{imported}print([each.owner for each in session.query(Note)])"
+        for name in ("acme", "globex"):
+            done = self.command("shell", path, "--tenant", name, "-c", owners)
+            assert (done.exit_code, done.stdout) == (0, f"{[name] * kept}\n")
+
+    def test_code_that_fails_is_told_with_its_line(self, tmp_path: Path) -> None:
+        done = self.command("shell", ini_of_tenants(tmp_path), "--tenant", "acme", "-c", "def f():\n    1 / 0\nf()")
+        assert (done.exit_code, done.stderr) == (1, "error: line 2: ZeroDivisionError: division by zero\n")
+        done = self.command("shell", ini_of_tenants(tmp_path), "--all-tenants", "-c", "{'acme': 1}[application.tenant]")
+        assert done.stdout.splitlines() == ["1 of 2: acme: done", "done: 1 tenant"]
+        assert done.stderr.splitlines()[0] == "error: the tenant globex: line 1: KeyError: 'globex'"
+
+    def test_code_that_fails_at_the_commit(self, tmp_path: Path) -> None:
+        imported = "from tests.test_tenants import Note\n"
+        path = ini_of_tenants(tmp_path, "acme")
+        self.command("create", path, "--all-tenants")
+        done = self.command("shell", path, "--tenant", "acme", "--commit", "-c", f"{imported}session.add(Note())")
+        assert (done.exit_code, done.stderr[:23]) == (1, "error: IntegrityError: ")
+        assert self.command("shell", path, "--tenant", "acme", "--commit", "-c", "1").exit_code == 0
+
+    @pytest.mark.parametrize(
+        ("options", "problem"),
+        [
+            (("--commit",), "error: --commit needs -c or one tenant: "),
+            (("-c", "for"), "error: -c must be Python: invalid syntax (<-c>, line 1)"),
+            (("-c", "\0"), "error: -c must be Python: "),
+        ],
+        ids=["commit", "syntax", "NUL"],
+    )
+    def test_code_is_checked_before_anything_runs(self, tmp_path: Path, options: tuple[str, ...], problem: str) -> None:
+        done = self.command("shell", ini_of_tenants(tmp_path), "--all-tenants", *options)
+        assert done.exit_code == 2
+        assert done.stderr.startswith(problem)
 
     @pytest.mark.parametrize(
         "arguments",

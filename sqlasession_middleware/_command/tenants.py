@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CodeType
 from typing import TYPE_CHECKING
 
 import click
@@ -12,13 +13,14 @@ from ..errors import UnknownTenantError
 from ..middleware import SQLASessionMiddleware
 from ..tenants import TenantsMiddleware
 from .messages import complain, counted, describe_error, fail, refuse
+from .shell import run_code
 from .survey import ping
 
 if TYPE_CHECKING:
     from .._tenants.application import TenantApplication
     from .ini import Ini
 
-__all__ = ["applications_of", "check_all", "create_all", "tenants_of"]
+__all__ = ["applications_of", "check_all", "create_all", "run_in_all", "tenants_of"]
 
 Found = list[SQLASessionMiddleware | TenantsMiddleware]
 
@@ -68,6 +70,19 @@ def check_all(tenants: TenantsMiddleware) -> None:
         return ", ".join(said)
 
     _for_each(tenants, check)
+
+
+def run_in_all(tenants: TenantsMiddleware, given: CodeType, commit: bool) -> None:
+    """Run code in a context of each tenant.
+
+    :param commit: commit what the code has left open.
+    """
+
+    def run(application: TenantApplication) -> str:
+        run_code(application, given, commit)
+        return "done"
+
+    _for_each(tenants, run)
 
 
 def _for_each(tenants: TenantsMiddleware, action: Callable[[TenantApplication], str]) -> None:

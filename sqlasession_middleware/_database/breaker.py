@@ -44,6 +44,7 @@ __all__ = [
     "forget_connections",
     "guard",
     "note_silence",
+    "place_of_server",
     "register",
     "unguarded_pool",
 ]
@@ -79,6 +80,8 @@ class Breaker:
 
     #: whose breaker it is
     engines: WeakSet[Engine]
+    #: whether it is that of a server, and not of one database there
+    is_of_server = False
 
     def __init__(
         self, failures: int, seconds: float, on_open: Callable[[BaseException], None], on_close: Callable[[], None]
@@ -176,7 +179,7 @@ class _GuardedPool(Pool):
         try:
             return super().connect()
         except Exception as error:
-            if shows_outage(error):
+            if self._counts(error):
                 breaker.fail(error)
             raise
 
@@ -191,13 +194,18 @@ class _GuardedPool(Pool):
             breaker.close()
             return connection
         except Exception as error:
-            if shows_outage(error):
+            if self._counts(error):
                 breaker.fail(error)
             elif driver_that_made(error) is not UNKNOWN:
                 breaker.close()  # A refused login, for example: that is the server's answer.
             raise
         finally:
             breaker.end_try()
+
+    def _counts(self, error: BaseException) -> bool:
+        if self.breaker.is_of_server and driver_of(self.dialect).is_at_its_own_limit(error):
+            return False  # The server has answered, and the other databases there have room.
+        return shows_outage(error)
 
 
 def ask_server(connection: PoolProxiedConnection, dialect: Dialect) -> None:
@@ -232,10 +240,11 @@ def _guard(engine: Engine, failures: int, seconds: float, shared: dict[str, Brea
         breaker = _make_breaker(name, url, failures, seconds)
     else:
         # One server has the databases of many tenants, and it is the server that is out of reach.
-        name = shown_url(URL.create(url.drivername, host=url.host, port=url.port))
-        place = f"{name}?{sorted(each for each in url.normalized_query.items() if each[0] in ('host', 'port'))}"
+        name = _name_of_server(url)
+        place = place_of_server(url)
         if place not in shared:
             shared[place] = _make_breaker(name, url, failures, seconds)
+            shared[place].is_of_server = True
         breaker = shared[place]
     breaker.engines.add(engine)
     register(engine, breaker)
@@ -247,6 +256,16 @@ def _guard(engine: Engine, failures: int, seconds: float, shared: dict[str, Brea
     # A new connection is no answer of the server, if there is a pooler in front of it.
     event.listen(engine, "checkin", note_answer)
     _guard_pool(engine.pool, breaker, name, engine.dialect)
+
+
+def _name_of_server(url: URL) -> str:
+    return shown_url(URL.create(url.drivername, host=url.host, port=url.port))
+
+
+def place_of_server(url: URL) -> str:
+    """What the URLs of all databases of one server have in common, without anything secret."""
+    hosts = sorted(each for each in url.normalized_query.items() if each[0] in ("host", "port"))
+    return f"{_name_of_server(url)}?{hosts}"
 
 
 def _make_breaker(name: str, url: URL, failures: int, seconds: float) -> Breaker:

@@ -259,6 +259,10 @@ class Driver:
         """Whether an error says that the server answers, but has as many connections as it admits."""
         return False
 
+    def is_at_its_own_limit(self, error: object) -> bool:
+        """Whether an error says that one account or one database has as many connections as it may, not the server."""
+        return False
+
     def refuses_write(self, error: object) -> bool:
         """Whether an error says that nothing can be written here."""
         return _REFUSES_WRITE.search(str(error)) is not None

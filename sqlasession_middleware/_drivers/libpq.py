@@ -33,7 +33,7 @@ IN_ERROR: Final = 3
 ANSWERS: Final[Mapping[str, Failure]] = {
     "the database system is ": Failure.UNAVAILABLE,  # starting up, shutting down, in recovery mode, not (yet) accepting
     "too many clients already": Failure.UNAVAILABLE,
-    "too many connections for ": Failure.UNAVAILABLE,  # role, database
+    "too many connections for ": Failure.UNAVAILABLE,  # role, database: OWN_LIMIT
     "connection slots are reserved": Failure.UNAVAILABLE,
     "server is not accepting clients": Failure.UNAVAILABLE,  # CockroachDB's node that drains
     "no more connections allowed": Failure.UNAVAILABLE,  # PgBouncer's max_client_conn
@@ -52,8 +52,10 @@ ANSWERS: Final[Mapping[str, Failure]] = {
     "terminating connection": Failure.LOST,
 }
 
+#: What a database or a role says that has its CONNECTION LIMIT; the SQLSTATE is that of a full server.
+OWN_LIMIT: Final = "too many connections for "
 #: Those of them that say that as many connections are open as are admitted: PostgreSQL's own, all, and its SQLSTATE.
-FULL_SERVER: Final = ("too many clients already", "too many connections for ", "connection slots are reserved")
+FULL_SERVER: Final = ("too many clients already", OWN_LIMIT, "connection slots are reserved")
 FULL: Final = (
     *FULL_SERVER,
     "no more connections allowed",
@@ -133,6 +135,9 @@ class LibpqDriver(PostgreSQLDriver):
     def refuses_one_more(self, error: object) -> bool:
         said = text_of(error)
         return self.code_of(error) == TOO_MANY or any(words in said for words in FULL)
+
+    def is_at_its_own_limit(self, error: object) -> bool:
+        return OWN_LIMIT in text_of(error)
 
     def ping(self, dialect: Dialect, driver_connection: Any) -> None:
         # SQLAlchemy sends an empty query, to which a proxy need not ask a server. PgBouncer would close its own

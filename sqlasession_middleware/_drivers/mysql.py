@@ -25,6 +25,8 @@ DEADLOCK: Final = 1213
 
 #: ER_CON_COUNT_ERROR, ER_TOO_MANY_USER_CONNECTIONS, ER_USER_LIMIT_REACHED
 TOO_MANY_CONNECTIONS: Final = (1040, 1203, 1226)
+#: Those of them that are about the account only.
+TOO_MANY_OF_ACCOUNT: Final = (1203, 1226)
 
 # MySQL: "Server Error Message Reference", "Client Error Message Reference", "InnoDB Error Handling".
 # MariaDB: "MariaDB Error Code Reference". Galera Cluster: "Server Error Log", "Two-Node Clusters".
@@ -235,6 +237,9 @@ class MySQLDriver(Driver):
 
     def refuses_one_more(self, error: object) -> bool:
         return self.code_of(error) in TOO_MANY_CONNECTIONS
+
+    def is_at_its_own_limit(self, error: object) -> bool:
+        return self.code_of(error) in TOO_MANY_OF_ACCOUNT
 
     def prepare_ping(self, arguments: list[Any], options: dict[str, Any], seconds: int) -> None:
         super().prepare_ping(arguments, options, seconds)

@@ -55,7 +55,8 @@ class KnownNames:
         self._seconds = seconds
         self._longest = longest
         self._asking = fork_safe_lock()
-        self._directory: EngineSource | None = None
+        #: the database that has the names, if one has them
+        self.directory: EngineSource | None = None
         #: until when the names hold, by :data:`now`
         self.until = 0.0
         self._names: frozenset[str] | None = None
@@ -77,7 +78,7 @@ class KnownNames:
     def _read_query(self, known: Mapping[Any, Any]) -> None:
         if known.keys() != {"bind", "query"} or not isinstance(known["query"], str):
             raise ConfigurationError("known", "must have 'bind', a database, and 'query', a SELECT of the names.")
-        directory = self._directory = read_source("known", known["bind"])
+        directory = self.directory = read_source("known", known["bind"])
         statement = text(known["query"])
 
         def ask() -> Iterable[Any]:
@@ -88,6 +89,10 @@ class KnownNames:
 
     def __contains__(self, name: object) -> bool:
         return is_name(name, self._longest) and name in self.get()
+
+    def are_known(self) -> bool:
+        """Whether the names were found before, so that requests can do without the directory."""
+        return self._names is not None
 
     def get(self) -> frozenset[str]:
         """The names, as far as they are known. Where nobody knows them yet, it waits for the answer.
@@ -133,5 +138,5 @@ class KnownNames:
 
     def dispose(self) -> None:
         """Close the connections to the directory."""
-        if self._directory is not None:
-            self._directory.dispose()
+        if self.directory is not None:
+            self.directory.dispose()

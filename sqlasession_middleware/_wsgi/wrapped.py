@@ -16,10 +16,10 @@ _MOUNTED: Final = ("mounts", "applications", "apps")
 _LOOKED_AT_AT_MOST: Final = 1000
 
 
-def applications_in(app: Any, leaf: type | None = None) -> Iterator[Any]:
+def applications_in(app: Any, leaf: type | tuple[type, ...] | None = None) -> Iterator[Any]:
     """An application and all that it wraps or holds, at any depth, the outermost first.
 
-    :param leaf: a class of which nothing is looked at inside.
+    :param leaf: a class, or several, of which nothing is looked at inside.
     """
     # By identity, because an application may be of a class that cannot be hashed. It is kept, or its id might become
     # another one's.
