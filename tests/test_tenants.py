@@ -222,6 +222,33 @@ class TestDatabaseEach:
         assert first is None
         assert all(each.engine.pool.checkedin() == 1 for each in others)
 
+    def test_most_holds_for_connections_that_come_later(self, files: Any) -> None:
+        """The applications are all made before the first of them connects."""
+
+        def app(environ: Environ, start: StartResponse) -> list[bytes]:
+            if environ["REQUEST_METHOD"] == "POST":
+                session.connection()
+            return answer_tenant(environ, start)
+
+        tenants = files(app, most=1)
+        for method in ("GET", "POST"):
+            for name in NAMES:
+                call(tenants, method, HTTP_X_TENANT=name)
+        assert open_in(tenants) == ["initech"]
+
+    def test_most_holds_when_those_in_use_have_ended(self, files: Any) -> None:
+        app = files(most=1)
+        with app.context("acme"):
+            session.connection()
+            with app.context("globex"):
+                session.connection()
+                with app.context("initech"):
+                    session.connection()
+                assert open_in(app) == ["acme", "globex"]
+            assert open_in(app) == ["acme"]
+            assert session.scalar(text("SELECT 1")) == 1
+        assert open_in(app) == ["acme"]
+
     def test_scope_revives_what_was_forgotten_before_it_began(
         self, files: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -309,6 +336,11 @@ class TestDatabaseEach:
         assert ask(app, "globex") == b"globex"
 
 
+def open_in(app: TenantsMiddleware) -> list[str]:
+    """The tenants that have a pool."""
+    return [name for name, each in app._table.applications.items() if each.open_engines()]
+
+
 def answer_tenant(environ: Environ, start: StartResponse) -> list[bytes]:
     start("200 OK", [])
     return [application.tenant.encode()]
@@ -342,7 +374,7 @@ class TestSchemaEach:
     def test_schema_and_tables_are_made_by_several_at_once(self, schemas: Any, postgresql: str) -> None:
         apps = [schemas(known=()) for _ in range(6)]
         for app in apps:
-            app._known._names = frozenset(NAMES)
+            app._known.last = frozenset(NAMES)
         at_once = threading.Barrier(len(apps), timeout=30)
 
         def create(app: TenantsMiddleware) -> None:
@@ -884,6 +916,99 @@ class TestKnown:
             assert call(app, HTTP_X_TENANT="globex")[0] == "404 Not Found"
             goes_on.set()
             assert late.result() == ("200 OK", b"acme")
+
+    def test_nothing_is_looked_through_again_and_again_while_one_asks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With many tenants that takes milliseconds, and a directory may be silent for long."""
+        clock = Clock(monkeypatch)
+        asks, goes_on = threading.Event(), threading.Event()
+
+        def known() -> list[str]:
+            if clock.at > 1000:
+                asks.set()
+                assert goes_on.wait(30)
+            return ["acme"]
+
+        app = TenantsMiddleware(answer_tenant, in_memory, tenant="header:X-Tenant", known=known)
+        assert call(app, HTTP_X_TENANT="acme")[1] == b"acme"
+        sweeps: list[float] = []
+        sweep = app._table.sweep
+        monkeypatch.setattr(app._table, "sweep", lambda names: (sweeps.append(clock.at), sweep(names)))
+        clock.at += 100
+        with ThreadPoolExecutor(1) as pool:
+            late = pool.submit(call, app, HTTP_X_TENANT="acme")
+            assert asks.wait(30)
+            for _ in range(5):
+                assert call(app, HTTP_X_TENANT="acme")[1] == b"acme"
+            assert len(sweeps) == 1
+            goes_on.set()
+            assert late.result() == ("200 OK", b"acme")
+
+    def test_removed_tenant_is_refused_while_it_is_in_use(self, files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = Clock(monkeypatch)
+        names = ["acme", "globex"]
+        app = files(known=lambda: list(names), known_seconds=10)
+        app.init_database("acme")
+        found = app.application("acme")
+        with found.context():
+            assert session.scalars(select(Note.owner)).all() == []
+            names.remove("acme")
+            clock.at += 11
+            for _ in range(3):
+                assert call(app, HTTP_X_TENANT="acme")[0] == "404 Not Found"
+            with found.context():  # What it has begun is ended by its own code.
+                assert session.scalars(select(Note.owner)).all() == []
+            assert call(app, HTTP_X_TENANT="acme")[0] == "404 Not Found"
+            assert session.scalars(select(Note.owner)).all() == []
+            names.append("acme")
+            clock.at += 11
+            assert ask(app, "acme") == b""
+            assert app.application("acme") is not found
+        assert found.engine.pool.checkedin() == 0
+
+    def test_those_who_waited_for_a_silent_directory_do_not_ask_again(self) -> None:
+        """Eight requests would wait for eight times as long, one after the other."""
+        asked: list[None] = []
+        asks, goes_on = threading.Event(), threading.Event()
+
+        def known() -> list[str]:
+            asked.append(None)
+            asks.set()
+            assert goes_on.wait(30)
+            if len(asked) == 1:
+                raise ConnectionError
+            return ["acme"]
+
+        app = TenantsMiddleware(answer_tenant, in_memory, tenant="header:X-Tenant", known=known)
+        with ThreadPoolExecutor(8) as pool:
+            waiting = Waiting(app._known._asking)
+            app._known._asking = waiting  # type: ignore[assignment]  # it counts who waits
+            answers = [pool.submit(call, app, HTTP_X_TENANT="acme") for _ in range(8)]
+            assert asks.wait(30)
+            assert waiting.all_are_here.wait(30)
+            goes_on.set()
+            assert {each.result()[0] for each in answers} == {"503 Service Unavailable"}
+        assert len(asked) == 1
+        assert call(app, HTTP_X_TENANT="acme")[0] == "200 OK"
+
+
+class Waiting:
+    """A lock that tells when eight have come."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+        self.number = 0
+        self.all_are_here = threading.Event()
+        self.counting = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self.counting:
+            self.number += 1
+            if self.number == 8:
+                self.all_are_here.set()
+        self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
 
 
 #: Wrong arguments, and a part of the error.

@@ -58,7 +58,11 @@ class KnownNames:
         self._directory: EngineSource | None = None
         #: until when the names hold, by :data:`now`
         self.until = 0.0
-        self._names: frozenset[str] | None = None
+        #: the names of the last answer; None if nobody has asked
+        self.last: frozenset[str] | None = None
+        #: how often it has failed to ask, and the last error
+        self._failures = 0
+        self._failure: Exception | None = None
         self._ask: Callable[[], Iterable[Any]] | None = None
         if isinstance(known, Mapping):
             self._read_query(known)
@@ -67,7 +71,7 @@ class KnownNames:
                 if not is_name(name, longest):
                     problem = f"must be names of up to {longest} of a to z, 0 to 9, '-' and '_', got {shown(name)}."
                     raise ConfigurationError("known", problem)
-            self._names = frozenset(known)
+            self.last = frozenset(known)
             self.until = float("inf")
         else:
             self._ask = resolve_option("known", known)
@@ -94,7 +98,7 @@ class KnownNames:
 
         :raises Exception: if they cannot be asked for, and were not known before.
         """
-        names = self._names
+        names = self.last
         if names is not None and now() < self.until:
             return names
         if names is not None:
@@ -105,8 +109,18 @@ class KnownNames:
                 finally:
                     self._asking.release()
             return names
+        failures = self._failures
         with self._asking:
-            return self._names or self.ask()
+            if self.last is not None:
+                return self.last
+            if self._failure is not None and self._failures != failures:
+                # Each would wait for a silent directory after the other.
+                raise self._failure.with_traceback(None)
+            try:
+                return self.ask()
+            except Exception as error:
+                self._failures, self._failure = self._failures + 1, error
+                raise
 
     def ask(self) -> frozenset[str]:
         """Ask for the names now.
@@ -114,13 +128,13 @@ class KnownNames:
         :raises Exception: if they cannot be asked for.
         """
         if self._ask is None:
-            return self._names or frozenset()
+            return self.last or frozenset()
         found = set(self._ask())
         names = frozenset(name for name in found if is_name(name, self._longest))
         if len(names) < len(found):
             logger.warning("%d names of tenants are ignored: they have another form than a-z, 0-9, - and _, or are too"
                            " long", len(found) - len(names))  # fmt: skip
-        self._names, self.until = names, now() + self._seconds
+        self.last, self.until = names, now() + self._seconds
         return names
 
     def _ask_again(self, names: frozenset[str]) -> frozenset[str]:
