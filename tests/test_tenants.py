@@ -439,6 +439,40 @@ class TestSchemaEach:
             cursor.execute("SELECT owner FROM tenant_note")
             assert cursor.fetchall() == [("acme",)]
 
+    @pytest.mark.parametrize("listened", ["after_begin", "begin", "before_cursor_execute", "its own cursor"])
+    @pytest.mark.parametrize("lazy", [True, False])
+    def test_listener_with_a_cursor_of_the_driver_comes_first(
+        self, schemas: Any, postgresql: str, lazy: bool, listened: str
+    ) -> None:
+        """It begins the transaction, as one does that tells the server who the user is. The rest is the tenant's."""
+
+        def execute(connection: Any) -> None:
+            connection.connection.cursor().execute("SET LOCAL work_mem TO '1MB'")
+
+        app = schemas(lazy_begin=lazy)
+        ask(app, "acme", "POST")
+        engine, statement = app.shared.engine, "SELECT owner FROM tenant_note"
+        calls: dict[str, Any] = {
+            "begin": execute,
+            "before_cursor_execute": lambda connection, *more: execute(connection),
+            "its own cursor": lambda connection, cursor, *more: cursor.execute("SET LOCAL work_mem TO '1MB'"),
+        }
+        if listened in calls:
+            name = listened if listened in ("begin", "before_cursor_execute") else "before_cursor_execute"
+            event.listen(engine, name, calls[listened])
+        for way in ("text", "connection"):
+            with app.context("acme"):
+                if listened == "after_begin":
+                    event.listen(session(), "after_begin", lambda s, transaction, connection: execute(connection))
+                if way == "text":
+                    assert session.scalars(text(statement)).all() == ["acme"]
+                cursor = session.connection().connection.cursor()
+                assert cursor.execute(statement).fetchall() == [("acme",)]
+                session.execute(text("SET LOCAL search_path TO public"))  # The application's own word is the last one.
+                assert session.scalars(text("SHOW search_path")).all() == ["public"]
+                session.connection()
+                assert session.scalars(text("SHOW search_path")).all() == ["public"]
+
     def test_setting_the_tenant_is_a_part_of_begin(self, schemas: Any) -> None:
         """It is no statement of the request's own, as BEGIN is none."""
         seen: list[Any] = []
