@@ -25,7 +25,6 @@ from ._settings.checks import check_application, check_boolean, check_count, che
 from ._settings.ini import TENANTS_PREFIX, ini_names, ini_place, read_settings, split_tenants
 from ._settings.options import TENANTS_OPTIONS
 from ._tenants.application import TenantApplication, now
-from ._tenants.binds import longest_name
 from ._tenants.maker import ApplicationMaker
 from ._tenants.names import KnownNames
 from ._tenants.resolvers import make_resolver, shift_path
@@ -102,7 +101,7 @@ class TenantsMiddleware:
         self._maker = ApplicationMaker(app, bind, schema, set_local, options)
         #: the SQLASessionMiddleware of the pool that all tenants share; None if each has its own
         self.shared = self._maker.shared
-        self._known = KnownNames(known, known_seconds, longest_name(bind, schema))
+        self._known = KnownNames(known, known_seconds, self._maker.identifiers)
         self._table = TenantTable(self._maker.make, idle, most)
         #: until when nothing has to be looked at but the table
         self._look_again = 0.0

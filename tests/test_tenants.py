@@ -1072,6 +1072,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no hosts": ({"tenant": "host"}, "hosts must be set with tenant='host', and only then"),
     "known": ({"known": None}, "known must be the names of the tenants, or what tells them, got None."),
     "known name": ({"known": ["Acme"]}, "known must be names of up to 63 of a to z, 0 to 9, '-' and '_', got 'Acme'."),
+    "known of the server": (
+        {"bind": "postgresql+psycopg:///a", "schema": "{tenant}", "known": ["public"]},
+        "known must have no name that makes a schema or database of the server's own, got 'public'.",
+    ),
     "known dict": ({"known": {"bind": "sqlite://"}}, "known must have 'bind', a database, and 'query'"),
     "idle": ({"idle": 0}, "idle must be a number of seconds above 0, got 0."),
     "most": ({"most": 0}, "most must be a whole number from 1, got 0."),
@@ -1096,9 +1100,41 @@ class TestSettings:
             ("postgresql://localhost/shop__{tenant}", {}),
             ({"url": "postgresql://{tenant}__shop@localhost/shop"}, {}),
             ("postgresql://localhost/shop", {"schema": "shop__{tenant}"}),
+            ("postgresql://localhost/{tenant}", {"binds": {"a": {"url": "postgresql://localhost/audit_{tenant}"}}}),
+            ("postgresql://localhost/{tenant}", {"replicas": [make_url("postgresql://localhost/read__{tenant}")]}),
+            ("postgresql://localhost/shop", {"set_local": {"search_path": 'x, "shop__{tenant}" , public'}}),
+            ("postgresql://localhost/shop", {"set_local": {"app.tenant": "{tenant}", "Role": "shop__{tenant}"}}),
         ):
             with pytest.raises(ConfigurationError, match="of up to 57 of a to z"):
                 TenantsMiddleware(read, bind, tenant="header:X-Tenant", known=known, **options)
+
+    @pytest.mark.parametrize(
+        ("name", "bind", "options"),
+        [
+            ("public", "postgresql://localhost/shop", {"schema": "{tenant}"}),
+            ("pg_catalog", "postgresql://localhost/shop", {"schema": "{tenant}"}),
+            ("pg_catalog", "postgresql://localhost/shop", {"set_local": {"search_path": '"{tenant}"'}}),
+            ("template1", "postgresql://localhost/{tenant}", {}),
+            ("postgres", {"url": "postgresql://{tenant}@localhost/shop"}, {}),
+            ("mysql", "mariadb+pymysql://localhost/shop", {"schema": "{tenant}"}),
+            ("sys", "sqlite:///{tenant}.db", {"binds": {"audit": "mariadb+pymysql://localhost/{tenant}"}}),
+        ],
+    )
+    def test_name_that_is_the_servers_is_no_tenant(self, name: str, bind: Any, options: Any) -> None:
+        """Customers may choose their names, and "public" would have what is everybody's."""
+
+        def make(known: Any) -> TenantsMiddleware:
+            return TenantsMiddleware(answer_tenant, bind, tenant="header:X-Tenant", known=known, **options)
+
+        with pytest.raises(ConfigurationError, match=f"known must have no name that makes .*, got '{name}'"):
+            make(["acme", name])
+        app = make(lambda: ["acme", name])
+        assert app.names() == ["acme"]
+        assert call(app, HTTP_X_TENANT=name)[0] == "404 Not Found"
+        assert call(app, HTTP_X_TENANT="acme")[1] == b"acme"
+
+    def test_name_of_a_server_may_have_a_file(self) -> None:
+        assert TenantsMiddleware(read, "sqlite:///{tenant}.db", tenant="path", known=["public"]).names() == ["public"]
 
     def test_callable_makes_what_a_bind_may_be(self, tmp_path: Path) -> None:
         engine = create_engine(f"sqlite:///{tmp_path}/acme.db")
