@@ -486,6 +486,46 @@ class TestSchemaEach:
             ask(tenants, "acme")
         assert (seen[0].count, seen[0].tenant) == (1, "acme")
 
+    def test_temporary_table_of_another_hides_no_table(self, schemas: Any) -> None:
+        """PostgreSQL looks for temporary tables first, and they stay with the connection."""
+        app = schemas()
+        for name in NAMES[:2]:
+            ask(app, name, "POST")
+        with app.context("acme"):
+            session.execute(text("CREATE TEMPORARY TABLE tenant_note AS SELECT 'of acme' AS owner"))
+            session.commit()
+            assert session.scalars(text("SELECT owner FROM pg_temp.tenant_note")).all() == ["of acme"]
+        assert ask(app, "globex", path="/text") == b"globex"
+
+    @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+    def test_role_without_a_search_path_finds_nothing_out_of_a_transaction(
+        self, schemas: Any, postgresql: str, driver: str
+    ) -> None:
+        """And everything else works as before."""
+        engine = create_engine(postgresql)
+        role = f"tenant_web_{engine.url.database}"  # Roles are those of all databases.
+        with engine.begin() as connection:
+            Base.metadata.create_all(connection)  # in "public"
+            connection.execute(text(f"DROP ROLE IF EXISTS {role}"))
+            connection.execute(text(f"CREATE ROLE {role} LOGIN SUPERUSER"))
+            connection.execute(text(f"ALTER ROLE {role} SET search_path TO ''"))
+        url = make_url(postgresql).set(username=role, drivername=f"postgresql+{driver}")
+        try:
+            app = schemas(bind=url)
+            for path in ("/", "/text"):
+                for name in NAMES:
+                    assert set(ask(app, name, "POST", path).split(b",")) == {name.encode()}
+            with app.context("acme"), session.get_bind().connect() as connection:
+                cursor = connection.connection.cursor()
+                with pytest.raises(Exception, match='"tenant_note" does not exist'):
+                    cursor.execute("SELECT owner FROM tenant_note")
+            app.application("acme").drop_database()
+            app.dispose()
+        finally:
+            with engine.begin() as connection:
+                connection.execute(text(f"REASSIGN OWNED BY {role} TO CURRENT_USER; DROP ROLE {role}"))
+            engine.dispose()
+
     def test_nothing_is_left_on_the_connection(self, schemas: Any) -> None:
         app = schemas()
         ask(app, "acme", "POST", "/text")
@@ -1202,7 +1242,7 @@ class TestIni:
         assert app.application("acme").schema == "t_acme"
         statement = app.application("acme").engine.get_execution_options()["sqlasession_local_settings"]
         assert statement == (
-            "SELECT set_config('search_path', '\"t_acme\"', true), set_config('app.tenant', 'acme', true)"
+            "SELECT set_config('search_path', '\"t_acme\", pg_temp', true), set_config('app.tenant', 'acme', true)"
         )
 
     @pytest.mark.parametrize(

@@ -140,7 +140,9 @@ class ApplicationMaker:
         if self._schema is not None:
             schema = self._schema.replace(PLACE, name)
             options["schema_translate_map"] = {None: schema}
-            settings = {"search_path": f'"{schema}"', **settings}
+            # Temporary tables are the connection's, and would be looked for first ("search_path"): those of another
+            # tenant would hide a table.
+            settings = {"search_path": f'"{schema}", pg_temp', **settings}
         return {**options, OPTION: setting_statement(settings, name)}
 
 
