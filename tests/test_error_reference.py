@@ -985,6 +985,11 @@ WRONG_TENANTS: dict[str, str] = {
 }
 
 
+@provokes("… must return names, got …")
+def return_a_text() -> None:
+    tenants(known=lambda: "acme").names()
+
+
 def tenants(**options: Any) -> TenantsMiddleware:
     given = {"bind": "sqlite:///{tenant}.db", "tenant": "header:X-Tenant", "known": ["acme"], **options}
     return TenantsMiddleware(nothing, given.pop("bind"), **given)

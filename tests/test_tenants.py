@@ -835,6 +835,14 @@ class TestHostileNames:
             ("ACME.Example.COM", "acme"),
             ("acme.example.com:8080", "acme"),
             ("acme.example.com:", "acme"),
+            ("acme.example.com.", "acme"),
+            ("acme.example.com.:80", "acme"),
+            ("acme.example.com..", ""),
+            ("acme@acme.example.com", ""),
+            ("acme.example.com:80:80", ""),
+            ("other.acme.example.com", ""),
+            (".example.com", ""),
+            ("example.com.", None),
             ("example.com", None),
             ("EXAMPLE.com:80", None),
             ("acme.example.com,globex.example.com", ""),
@@ -879,10 +887,11 @@ class TestWhoIsAsked:
             assert call(tenants, PATH_INFO=path)[0] == "404 Not Found"
 
     def test_host_is_one_of_those_that_are_given(self) -> None:
-        for hosts in ({"www.acme.com": "acme", "WWW.Globex.com": "globex"}, find_host, "tests.test_tenants:find_host"):
+        for hosts in ({"www.acme.com.": "acme", "WWW.Globex.com": "globex"}, find_host, "tests.test_tenants:find_host"):
             app = TenantsMiddleware(answer_tenant, in_memory, tenant="host", hosts=hosts, known=NAMES)
             assert call(app, HTTP_HOST="www.acme.com:80")[1] == b"acme"
             assert call(app, HTTP_HOST="WWW.GLOBEX.com")[1] == b"globex"
+            assert call(app, HTTP_HOST="www.acme.com.")[1] == b"acme"
             assert call(app, HTTP_HOST="www.initech.com")[0] == "404 Not Found"
 
     def test_no_tenant_needs_no_scope(self) -> None:
@@ -970,6 +979,12 @@ class TestKnown:
         assert call(app, HTTP_X_TENANT="acme")[0] == "200 OK"
         assert call(app, HTTP_X_TENANT="globex")[0] == "404 Not Found"
         assert "those that were known go on" in caplog.text
+
+    @pytest.mark.parametrize("answer", ["acme", b"acme", None, 1, [["acme"]]])
+    def test_answer_that_is_no_list_of_names_is_no_answer(self, answer: Any) -> None:
+        app = TenantsMiddleware(answer_tenant, in_memory, tenant="header:X-Tenant", known=lambda: answer)
+        for name in ("acme", "a"):
+            assert call(app, HTTP_X_TENANT=name)[0] == "503 Service Unavailable"
 
     def test_others_go_on_while_one_asks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = Clock(monkeypatch)

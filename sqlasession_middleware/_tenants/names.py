@@ -155,7 +155,10 @@ class KnownNames:
         """
         if self._ask is None:
             return self.last or frozenset()
-        found = set(self._ask())
+        answer = self._ask()
+        if isinstance(answer, str | bytes):  # Its letters would be names.
+            raise ConfigurationError("known", f"must return names, got {type(answer).__name__}.")
+        found = set(answer)
         names = frozenset(
             name for name in found if is_name(name, self._longest) and not _is_taken(self._identifiers, name)
         )
