@@ -25,7 +25,6 @@ from ._settings.checks import check_application, check_boolean, check_count, che
 from ._settings.ini import TENANTS_PREFIX, ini_names, ini_place, read_settings, split_tenants
 from ._settings.options import TENANTS_OPTIONS
 from ._tenants.application import TenantApplication, now
-from ._tenants.binds import longest_name
 from ._tenants.maker import ApplicationMaker
 from ._tenants.names import KnownNames
 from ._tenants.readiness import Readiness, readiness_of_tenants
@@ -47,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds, where nobody knows the names.
 _RETRY_AFTER = 10
+
+#: Seconds between two looks through the table, while one request asks for the names and the others go on.
+_PAUSE = 1.0
 
 
 class TenantsMiddleware:
@@ -104,10 +106,12 @@ class TenantsMiddleware:
         self._maker = ApplicationMaker(app, bind, schema, set_local, options)
         #: the SQLASessionMiddleware of the pool that all tenants share; None if each has its own
         self.shared = self._maker.shared
-        self._known = KnownNames(known, known_seconds, longest_name(bind, schema))
+        self._known = KnownNames(known, known_seconds, self._maker.identifiers)
         self._table = TenantTable(self._maker.make, idle, most)
         #: until when nothing has to be looked at but the table
         self._look_again = 0.0
+        #: the names when the table was looked through
+        self._swept: frozenset[str] | None = None
 
     @classmethod
     def from_config(cls, app: WSGIApplication, config: Mapping[str, str], prefix: str = "sqlalchemy.") -> Self:
@@ -157,9 +161,12 @@ class TenantsMiddleware:
 
     def _sweep(self) -> None:
         """Forget who is idle or not known any more, if it is time to look."""
-        if now() >= self._look_again:
-            self._table.sweep(self._known.__contains__)
-            self._look_again = min(self._known.until, self._table.next_sweep)
+        # Nothing is asked here: one request may be asking, for long, while the others go on.
+        names = self._known.last
+        if names is not None and (names is not self._swept or now() >= self._look_again):
+            self._table.sweep(names)
+            self._swept = names
+            self._look_again = max(min(self._known.until, self._table.next_sweep), now() + _PAUSE)
 
     def application(self, name: str) -> TenantApplication:
         """The application of a tenant: a :class:`~sqlasession_middleware.SQLASessionMiddleware`.

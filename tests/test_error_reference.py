@@ -980,8 +980,14 @@ WRONG_TENANTS: dict[str, str] = {
     "… must be a domain such as 'example.com', got …": "domain",
     "… must be the names of the tenants, or what tells them, got None.": "known",
     "… must be names of up to … of a to z, 0 to 9, '-' and '_', got …": "known name",
+    "… must have no name that makes a schema or database of the server's own, got …": "known of the server",
     "… must have 'bind', a database, and 'query', a SELECT of the names.": "known dict",
 }
+
+
+@provokes("… must return names, got …")
+def return_a_text() -> None:
+    tenants(known=lambda: "acme").names()
 
 
 def tenants(**options: Any) -> TenantsMiddleware:
@@ -1031,7 +1037,9 @@ def fail_to_know() -> None:
 
 provokes("The names of the tenants cannot be asked for: those that were known go on")(fail_to_know)
 provokes("The names of the tenants cannot be asked for: a request is answered with 503")(fail_to_know)
-provokes("… names of tenants are ignored: they have another form than a-z, 0-9, - and _, or are too long")(fail_to_know)
+provokes(
+    "… names of tenants are ignored: they have another form than a-z, 0-9, - and _, are too long, or are a server's"
+)(fail_to_know)
 
 
 @provokes("error: … has tenants: give --tenant NAME or --all-tenants to a command that takes it.")

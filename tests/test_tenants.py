@@ -226,6 +226,33 @@ class TestDatabaseEach:
         assert first is None
         assert all(each.engine.pool.checkedin() == 1 for each in others)
 
+    def test_most_holds_for_connections_that_come_later(self, files: Any) -> None:
+        """The applications are all made before the first of them connects."""
+
+        def app(environ: Environ, start: StartResponse) -> list[bytes]:
+            if environ["REQUEST_METHOD"] == "POST":
+                session.connection()
+            return answer_tenant(environ, start)
+
+        tenants = files(app, most=1)
+        for method in ("GET", "POST"):
+            for name in NAMES:
+                call(tenants, method, HTTP_X_TENANT=name)
+        assert open_in(tenants) == ["initech"]
+
+    def test_most_holds_when_those_in_use_have_ended(self, files: Any) -> None:
+        app = files(most=1)
+        with app.context("acme"):
+            session.connection()
+            with app.context("globex"):
+                session.connection()
+                with app.context("initech"):
+                    session.connection()
+                assert open_in(app) == ["acme", "globex"]
+            assert open_in(app) == ["acme"]
+            assert session.scalar(text("SELECT 1")) == 1
+        assert open_in(app) == ["acme"]
+
     def test_scope_revives_what_was_forgotten_before_it_began(
         self, files: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -313,6 +340,11 @@ class TestDatabaseEach:
         assert ask(app, "globex") == b"globex"
 
 
+def open_in(app: TenantsMiddleware) -> list[str]:
+    """The tenants that have a pool."""
+    return [name for name, each in app._table.applications.items() if each.open_engines()]
+
+
 def answer_tenant(environ: Environ, start: StartResponse) -> list[bytes]:
     start("200 OK", [])
     return [application.tenant.encode()]
@@ -346,7 +378,7 @@ class TestSchemaEach:
     def test_schema_and_tables_are_made_by_several_at_once(self, schemas: Any, postgresql: str) -> None:
         apps = [schemas(known=()) for _ in range(6)]
         for app in apps:
-            app._known._names = frozenset(NAMES)
+            app._known.last = frozenset(NAMES)
         at_once = threading.Barrier(len(apps), timeout=30)
 
         def create(app: TenantsMiddleware) -> None:
@@ -411,6 +443,40 @@ class TestSchemaEach:
             cursor.execute("SELECT owner FROM tenant_note")
             assert cursor.fetchall() == [("acme",)]
 
+    @pytest.mark.parametrize("listened", ["after_begin", "begin", "before_cursor_execute", "its own cursor"])
+    @pytest.mark.parametrize("lazy", [True, False])
+    def test_listener_with_a_cursor_of_the_driver_comes_first(
+        self, schemas: Any, postgresql: str, lazy: bool, listened: str
+    ) -> None:
+        """It begins the transaction, as one does that tells the server who the user is. The rest is the tenant's."""
+
+        def execute(connection: Any) -> None:
+            connection.connection.cursor().execute("SET LOCAL work_mem TO '1MB'")
+
+        app = schemas(lazy_begin=lazy)
+        ask(app, "acme", "POST")
+        engine, statement = app.shared.engine, "SELECT owner FROM tenant_note"
+        calls: dict[str, Any] = {
+            "begin": execute,
+            "before_cursor_execute": lambda connection, *more: execute(connection),
+            "its own cursor": lambda connection, cursor, *more: cursor.execute("SET LOCAL work_mem TO '1MB'"),
+        }
+        if listened in calls:
+            name = listened if listened in ("begin", "before_cursor_execute") else "before_cursor_execute"
+            event.listen(engine, name, calls[listened])
+        for way in ("text", "connection"):
+            with app.context("acme"):
+                if listened == "after_begin":
+                    event.listen(session(), "after_begin", lambda s, transaction, connection: execute(connection))
+                if way == "text":
+                    assert session.scalars(text(statement)).all() == ["acme"]
+                cursor = session.connection().connection.cursor()
+                assert cursor.execute(statement).fetchall() == [("acme",)]
+                session.execute(text("SET LOCAL search_path TO public"))  # The application's own word is the last one.
+                assert session.scalars(text("SHOW search_path")).all() == ["public"]
+                session.connection()
+                assert session.scalars(text("SHOW search_path")).all() == ["public"]
+
     def test_setting_the_tenant_is_a_part_of_begin(self, schemas: Any) -> None:
         """It is no statement of the request's own, as BEGIN is none."""
         seen: list[Any] = []
@@ -423,6 +489,46 @@ class TestSchemaEach:
         with assert_queries(1):
             ask(tenants, "acme")
         assert (seen[0].count, seen[0].tenant) == (1, "acme")
+
+    def test_temporary_table_of_another_hides_no_table(self, schemas: Any) -> None:
+        """PostgreSQL looks for temporary tables first, and they stay with the connection."""
+        app = schemas()
+        for name in NAMES[:2]:
+            ask(app, name, "POST")
+        with app.context("acme"):
+            session.execute(text("CREATE TEMPORARY TABLE tenant_note AS SELECT 'of acme' AS owner"))
+            session.commit()
+            assert session.scalars(text("SELECT owner FROM pg_temp.tenant_note")).all() == ["of acme"]
+        assert ask(app, "globex", path="/text") == b"globex"
+
+    @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+    def test_role_without_a_search_path_finds_nothing_out_of_a_transaction(
+        self, schemas: Any, postgresql: str, driver: str
+    ) -> None:
+        """And everything else works as before."""
+        engine = create_engine(postgresql)
+        role = f"tenant_web_{engine.url.database}"  # Roles are those of all databases.
+        with engine.begin() as connection:
+            Base.metadata.create_all(connection)  # in "public"
+            connection.execute(text(f"DROP ROLE IF EXISTS {role}"))
+            connection.execute(text(f"CREATE ROLE {role} LOGIN SUPERUSER"))
+            connection.execute(text(f"ALTER ROLE {role} SET search_path TO ''"))
+        url = make_url(postgresql).set(username=role, drivername=f"postgresql+{driver}")
+        try:
+            app = schemas(bind=url)
+            for path in ("/", "/text"):
+                for name in NAMES:
+                    assert set(ask(app, name, "POST", path).split(b",")) == {name.encode()}
+            with app.context("acme"), session.get_bind().connect() as connection:
+                cursor = connection.connection.cursor()
+                with pytest.raises(Exception, match='"tenant_note" does not exist'):
+                    cursor.execute("SELECT owner FROM tenant_note")
+            app.application("acme").drop_database()
+            app.dispose()
+        finally:
+            with engine.begin() as connection:
+                connection.execute(text(f"REASSIGN OWNED BY {role} TO CURRENT_USER; DROP ROLE {role}"))
+            engine.dispose()
 
     def test_nothing_is_left_on_the_connection(self, schemas: Any) -> None:
         app = schemas()
@@ -800,6 +906,14 @@ class TestHostileNames:
             ("ACME.Example.COM", "acme"),
             ("acme.example.com:8080", "acme"),
             ("acme.example.com:", "acme"),
+            ("acme.example.com.", "acme"),
+            ("acme.example.com.:80", "acme"),
+            ("acme.example.com..", ""),
+            ("acme@acme.example.com", ""),
+            ("acme.example.com:80:80", ""),
+            ("other.acme.example.com", ""),
+            (".example.com", ""),
+            ("example.com.", None),
             ("example.com", None),
             ("EXAMPLE.com:80", None),
             ("acme.example.com,globex.example.com", ""),
@@ -844,10 +958,11 @@ class TestWhoIsAsked:
             assert call(tenants, PATH_INFO=path)[0] == "404 Not Found"
 
     def test_host_is_one_of_those_that_are_given(self) -> None:
-        for hosts in ({"www.acme.com": "acme", "WWW.Globex.com": "globex"}, find_host, "tests.test_tenants:find_host"):
+        for hosts in ({"www.acme.com.": "acme", "WWW.Globex.com": "globex"}, find_host, "tests.test_tenants:find_host"):
             app = TenantsMiddleware(answer_tenant, in_memory, tenant="host", hosts=hosts, known=NAMES)
             assert call(app, HTTP_HOST="www.acme.com:80")[1] == b"acme"
             assert call(app, HTTP_HOST="WWW.GLOBEX.com")[1] == b"globex"
+            assert call(app, HTTP_HOST="www.acme.com.")[1] == b"acme"
             assert call(app, HTTP_HOST="www.initech.com")[0] == "404 Not Found"
 
     def test_no_tenant_needs_no_scope(self) -> None:
@@ -964,6 +1079,12 @@ class TestKnown:
         assert call(app, HTTP_X_TENANT="globex")[0] == "404 Not Found"
         assert "those that were known go on" in caplog.text
 
+    @pytest.mark.parametrize("answer", ["acme", b"acme", None, 1, [["acme"]]])
+    def test_answer_that_is_no_list_of_names_is_no_answer(self, answer: Any) -> None:
+        app = TenantsMiddleware(answer_tenant, in_memory, tenant="header:X-Tenant", known=lambda: answer)
+        for name in ("acme", "a"):
+            assert call(app, HTTP_X_TENANT=name)[0] == "503 Service Unavailable"
+
     def test_others_go_on_while_one_asks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = Clock(monkeypatch)
         asks, goes_on = threading.Event(), threading.Event()
@@ -983,6 +1104,99 @@ class TestKnown:
             assert call(app, HTTP_X_TENANT="globex")[0] == "404 Not Found"
             goes_on.set()
             assert late.result() == ("200 OK", b"acme")
+
+    def test_nothing_is_looked_through_again_and_again_while_one_asks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With many tenants that takes milliseconds, and a directory may be silent for long."""
+        clock = Clock(monkeypatch)
+        asks, goes_on = threading.Event(), threading.Event()
+
+        def known() -> list[str]:
+            if clock.at > 1000:
+                asks.set()
+                assert goes_on.wait(30)
+            return ["acme"]
+
+        app = TenantsMiddleware(answer_tenant, in_memory, tenant="header:X-Tenant", known=known)
+        assert call(app, HTTP_X_TENANT="acme")[1] == b"acme"
+        sweeps: list[float] = []
+        sweep = app._table.sweep
+        monkeypatch.setattr(app._table, "sweep", lambda names: (sweeps.append(clock.at), sweep(names)))
+        clock.at += 100
+        with ThreadPoolExecutor(1) as pool:
+            late = pool.submit(call, app, HTTP_X_TENANT="acme")
+            assert asks.wait(30)
+            for _ in range(5):
+                assert call(app, HTTP_X_TENANT="acme")[1] == b"acme"
+            assert len(sweeps) == 1
+            goes_on.set()
+            assert late.result() == ("200 OK", b"acme")
+
+    def test_removed_tenant_is_refused_while_it_is_in_use(self, files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = Clock(monkeypatch)
+        names = ["acme", "globex"]
+        app = files(known=lambda: list(names), known_seconds=10)
+        app.init_database("acme")
+        found = app.application("acme")
+        with found.context():
+            assert session.scalars(select(Note.owner)).all() == []
+            names.remove("acme")
+            clock.at += 11
+            for _ in range(3):
+                assert call(app, HTTP_X_TENANT="acme")[0] == "404 Not Found"
+            with found.context():  # What it has begun is ended by its own code.
+                assert session.scalars(select(Note.owner)).all() == []
+            assert call(app, HTTP_X_TENANT="acme")[0] == "404 Not Found"
+            assert session.scalars(select(Note.owner)).all() == []
+            names.append("acme")
+            clock.at += 11
+            assert ask(app, "acme") == b""
+            assert app.application("acme") is not found
+        assert found.engine.pool.checkedin() == 0
+
+    def test_those_who_waited_for_a_silent_directory_do_not_ask_again(self) -> None:
+        """Eight requests would wait for eight times as long, one after the other."""
+        asked: list[None] = []
+        asks, goes_on = threading.Event(), threading.Event()
+
+        def known() -> list[str]:
+            asked.append(None)
+            asks.set()
+            assert goes_on.wait(30)
+            if len(asked) == 1:
+                raise ConnectionError
+            return ["acme"]
+
+        app = TenantsMiddleware(answer_tenant, in_memory, tenant="header:X-Tenant", known=known)
+        with ThreadPoolExecutor(8) as pool:
+            waiting = Waiting(app._known._asking)
+            app._known._asking = waiting  # type: ignore[assignment]  # it counts who waits
+            answers = [pool.submit(call, app, HTTP_X_TENANT="acme") for _ in range(8)]
+            assert asks.wait(30)
+            assert waiting.all_are_here.wait(30)
+            goes_on.set()
+            assert {each.result()[0] for each in answers} == {"503 Service Unavailable"}
+        assert len(asked) == 1
+        assert call(app, HTTP_X_TENANT="acme")[0] == "200 OK"
+
+
+class Waiting:
+    """A lock that tells when eight have come."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+        self.number = 0
+        self.all_are_here = threading.Event()
+        self.counting = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self.counting:
+            self.number += 1
+            if self.number == 8:
+                self.all_are_here.set()
+        self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
 
 
 #: Wrong arguments, and a part of the error.
@@ -1012,6 +1226,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no hosts": ({"tenant": "host"}, "hosts must be set with tenant='host', and only then"),
     "known": ({"known": None}, "known must be the names of the tenants, or what tells them, got None."),
     "known name": ({"known": ["Acme"]}, "known must be names of up to 63 of a to z, 0 to 9, '-' and '_', got 'Acme'."),
+    "known of the server": (
+        {"bind": "postgresql+psycopg:///a", "schema": "{tenant}", "known": ["public"]},
+        "known must have no name that makes a schema or database of the server's own, got 'public'.",
+    ),
     "known dict": ({"known": {"bind": "sqlite://"}}, "known must have 'bind', a database, and 'query'"),
     "idle": ({"idle": 0}, "idle must be a number of seconds above 0, got 0."),
     "most": ({"most": 0}, "most must be a whole number from 1, got 0."),
@@ -1036,9 +1254,41 @@ class TestSettings:
             ("postgresql://localhost/shop__{tenant}", {}),
             ({"url": "postgresql://{tenant}__shop@localhost/shop"}, {}),
             ("postgresql://localhost/shop", {"schema": "shop__{tenant}"}),
+            ("postgresql://localhost/{tenant}", {"binds": {"a": {"url": "postgresql://localhost/audit_{tenant}"}}}),
+            ("postgresql://localhost/{tenant}", {"replicas": [make_url("postgresql://localhost/read__{tenant}")]}),
+            ("postgresql://localhost/shop", {"set_local": {"search_path": 'x, "shop__{tenant}" , public'}}),
+            ("postgresql://localhost/shop", {"set_local": {"app.tenant": "{tenant}", "Role": "shop__{tenant}"}}),
         ):
             with pytest.raises(ConfigurationError, match="of up to 57 of a to z"):
                 TenantsMiddleware(read, bind, tenant="header:X-Tenant", known=known, **options)
+
+    @pytest.mark.parametrize(
+        ("name", "bind", "options"),
+        [
+            ("public", "postgresql://localhost/shop", {"schema": "{tenant}"}),
+            ("pg_catalog", "postgresql://localhost/shop", {"schema": "{tenant}"}),
+            ("pg_catalog", "postgresql://localhost/shop", {"set_local": {"search_path": '"{tenant}"'}}),
+            ("template1", "postgresql://localhost/{tenant}", {}),
+            ("postgres", {"url": "postgresql://{tenant}@localhost/shop"}, {}),
+            ("mysql", "mariadb+pymysql://localhost/shop", {"schema": "{tenant}"}),
+            ("sys", "sqlite:///{tenant}.db", {"binds": {"audit": "mariadb+pymysql://localhost/{tenant}"}}),
+        ],
+    )
+    def test_name_that_is_the_servers_is_no_tenant(self, name: str, bind: Any, options: Any) -> None:
+        """Customers may choose their names, and "public" would have what is everybody's."""
+
+        def make(known: Any) -> TenantsMiddleware:
+            return TenantsMiddleware(answer_tenant, bind, tenant="header:X-Tenant", known=known, **options)
+
+        with pytest.raises(ConfigurationError, match=f"known must have no name that makes .*, got '{name}'"):
+            make(["acme", name])
+        app = make(lambda: ["acme", name])
+        assert app.names() == ["acme"]
+        assert call(app, HTTP_X_TENANT=name)[0] == "404 Not Found"
+        assert call(app, HTTP_X_TENANT="acme")[1] == b"acme"
+
+    def test_name_of_a_server_may_have_a_file(self) -> None:
+        assert TenantsMiddleware(read, "sqlite:///{tenant}.db", tenant="path", known=["public"]).names() == ["public"]
 
     def test_callable_makes_what_a_bind_may_be(self, tmp_path: Path) -> None:
         engine = create_engine(f"sqlite:///{tmp_path}/acme.db")
@@ -1106,7 +1356,7 @@ class TestIni:
         assert app.application("acme").schema == "t_acme"
         statement = app.application("acme").engine.get_execution_options()["sqlasession_local_settings"]
         assert statement == (
-            "SELECT set_config('search_path', '\"t_acme\"', true), set_config('app.tenant', 'acme', true)"
+            "SELECT set_config('search_path', '\"t_acme\", pg_temp', true), set_config('app.tenant', 'acme', true)"
         )
 
     @pytest.mark.parametrize(

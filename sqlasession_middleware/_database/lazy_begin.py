@@ -29,7 +29,7 @@ from .._drivers.registry import driver_of
 from .comment_text import without_comment
 from .forks import fork_safe_lock
 from .plain_reads import is_plain_read, remember_as_writing
-from .reads import BEGINS, FIRST, is_watched, was_handed_out
+from .reads import BEGINS, FIRST, is_first_due, is_watched, note_first, was_handed_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,8 +95,9 @@ def begins_lazily(engine: Engine) -> bool:
 def begin_now(connection: Connection) -> None:
     """Begin the transaction that reads have left out, because the connection is handed out to the application."""
     first = connection.get_execution_options().get(FIRST)
-    if first is not None and driver_of(connection).is_idle(connection):
+    if first is not None and (is_first_due(connection) or driver_of(connection).is_idle(connection)):
         connection.exec_driver_sql(first, execution_options={BEGINS: True})
+        note_first(connection, is_due=False)
     left_out: Callable[[Any], None] | None = getattr(connection, _LEFT_OUT, None)
     if left_out is not None and not (connection.closed or connection.invalidated):
         left_out(connection.connection.dbapi_connection)
@@ -121,7 +122,7 @@ class _LazyBegin:
     def execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
         dialect = context.dialect
         if not self.pipeline.is_idle(cursor):
-            return False
+            return _catch_up(cursor, context)
         if len(dialect.dispatch.do_execute) > self._listeners:
             return _leave(cursor, _first_of(context))
         call = partial(dialect.do_execute, cursor, statement, parameters, context)
@@ -130,7 +131,7 @@ class _LazyBegin:
     def execute_many(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
         dialect = context.dialect
         if not self.pipeline.is_idle(cursor):
-            return False
+            return _catch_up(cursor, context)
         if len(dialect.dispatch.do_executemany) > self._listeners:
             return _leave(cursor, _first_of(context))
         call = partial(dialect.do_executemany, cursor, statement, parameters, context)
@@ -139,7 +140,7 @@ class _LazyBegin:
     def execute_without_parameters(self, cursor: Any, statement: str, context: ExecutionContext) -> bool:
         dialect = context.dialect
         if not self.pipeline.is_idle(cursor):
-            return False
+            return _catch_up(cursor, context)
         if len(dialect.dispatch.do_execute_no_params) > self._listeners:
             return _leave(cursor, _first_of(context))
         call = partial(dialect.do_execute_no_params, cursor, statement, context)
@@ -178,6 +179,7 @@ class _LazyBegin:
                     refused = text
         if not parameters and (not isinstance(statement, str) or ";" in statement):
             return _leave(cursor, first)  # It may be several statements, which only psycopg's usual mode can send.
+        note_first(connection, is_due=False)
         level = pipeline.begin(begin, cursor, call, ask_level=is_read_committed is None, first=first)
         if level is not None:
             info[_IS_READ_COMMITTED] = level == "read committed"
@@ -199,6 +201,15 @@ def _first_of(context: ExecutionContext) -> tuple[str, ...]:
     if first is None or connection.get_transaction() is None or BEGINS in context.execution_options:
         return ()
     return (first,)
+
+
+def _catch_up(cursor: Any, context: ExecutionContext) -> bool:
+    """Execute what the transaction had to begin with, where the driver's own cursor has begun it: a listener's."""
+    if not is_first_due(context.root_connection):
+        return False
+    first = _first_of(context)
+    note_first(context.root_connection, is_due=False)
+    return _leave(cursor, first)
 
 
 def _leave(cursor: Any, first: tuple[str, ...]) -> bool:

@@ -29,7 +29,9 @@ __all__ = [
     "has_locked",
     "has_only_read",
     "has_unread_rows",
+    "is_first_due",
     "is_watched",
+    "note_first",
     "note_handed_out",
     "note_locked",
     "note_rows",
@@ -53,6 +55,8 @@ _WATCHED: Final = "sqlasession_watched"
 _DOUBTFUL: Final = "sqlasession_doubtful"
 #: of a connection: whether the application may have it in hand
 _HANDED_OUT: Final = "sqlasession_handed_out"
+#: of a connection: whether its transaction has to begin yet with what :data:`FIRST` says
+_FIRST_IS_DUE: Final = "sqlasession_first_is_due"
 #: of a connection: whether a statement has left a lock, or something else that the connection keeps
 _LOCKED: Final = "sqlasession_locked"
 #: of a connection: the execution contexts of its server-side cursors, as long as something refers to their results
@@ -103,6 +107,16 @@ def note_handed_out(connection: Connection) -> None:
 def was_handed_out(connection: Connection) -> bool:
     """Whether the application may have a connection in hand, and would find it closed."""
     return hasattr(connection, _HANDED_OUT)
+
+
+def note_first(connection: Connection, is_due: bool) -> None:
+    """Note that a transaction begins that has to begin with what :data:`FIRST` says, or that it was sent."""
+    setattr(connection, _FIRST_IS_DUE, is_due)
+
+
+def is_first_due(connection: Connection) -> bool:
+    """Whether what a transaction has to begin with is still to be sent in it."""
+    return getattr(connection, _FIRST_IS_DUE, False)
 
 
 def note_locked(connection: Connection) -> None:

@@ -34,6 +34,9 @@ class Keeper(Protocol):
     def keep(self, application: TenantApplication) -> None:
         """Keep one again."""
 
+    def relieve(self) -> None:
+        """Forget some, if there are too many."""
+
 
 class TenantApplication(SQLASessionMiddleware):
     """What ``application`` is in a request of a tenant.
@@ -69,6 +72,8 @@ class TenantApplication(SQLASessionMiddleware):
         self.breakers = breakers
         self._background = background
         self._table = table
+        #: whether there was a tenant of that name when it was looked for last
+        self.is_known = True
         #: the ids of the scopes that are open
         self.users: set[int] = set()
         #: when the last one began, by :data:`now`
@@ -87,7 +92,8 @@ class TenantApplication(SQLASessionMiddleware):
         """Note a scope that has ended."""
         self.users.discard(id(scope))
         if not self.users and self._table.applications.get(self.tenant) is not self:
-            self.close_idle()  # Another one has its name by now.
+            self.close_idle()  # Another one has its name by now, or nobody.
+        self._table.relieve()
 
     def is_in_use(self) -> bool:
         """Whether a request, an open response, a context or a connection is there."""

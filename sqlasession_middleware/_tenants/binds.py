@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from sqlalchemy import Engine
@@ -15,12 +15,17 @@ from .._database.reads import FIRST
 from .._database.urls import parse_url
 from .._drivers.registry import server_of_url
 from ..errors import ConfigurationError
-from .names import LONGEST
+from .names import PLACE
 
-__all__ = ["OPTION", "PLACE", "TenantSource", "asks_for_name", "is_template", "longest_name", "template_of"]
-
-#: What stands for the name of the tenant.
-PLACE: Final = "{tenant}"
+__all__ = [
+    "OPTION",
+    "PLACE",
+    "TenantSource",
+    "asks_for_name",
+    "identifiers_of",
+    "is_template",
+    "template_of",
+]
 
 #: The execution option with the statement that sets the tenant for a transaction.
 OPTION: Final = "sqlasession_local_settings"
@@ -80,16 +85,23 @@ def template_of(parameter: str, given: Any) -> Template:
     return fill
 
 
-def longest_name(given: Any, schema: str | None) -> int:
-    """How long a name may be, so that no server cuts off what is made of it: it would be another tenant's then."""
-    parts = [schema or ""]
-    if isinstance(given, Mapping):
-        given = given.get("url")
-    if isinstance(given, str | URL):
-        url = parse_url(given)
-        if server_of_url(url).is_networked:
-            parts += [url.database or "", url.username or ""]
-    return min((LONGEST - len(part.replace(PLACE, "").encode()) for part in parts if PLACE in part), default=LONGEST)
+def identifiers_of(given: Iterable[Any], schema: str | None, settings: Mapping[str, str]) -> list[str]:
+    """What a server takes as names of databases, users and schemas, with the place of the tenant's name in them.
+
+    :param given: binds and replicas.
+    :param settings: those that are set for a transaction.
+    """
+    found = [schema or ""]
+    for each in given:
+        bind = each.get("url") if isinstance(each, Mapping) else each
+        if isinstance(bind, str | URL) and is_template(bind):
+            url = parse_url(bind)
+            if server_of_url(url).is_networked:
+                found += [url.database or "", url.username or ""]
+    for name, value in settings.items():
+        if name.lower() in ("search_path", "role"):
+            found += [each.strip(' "') for each in value.split(",")]
+    return [each for each in found if PLACE in each]
 
 
 class TenantSource(EngineSource):

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, event
 
 from .._database.forks import fork_safe_lock
 from .._database.observers import commits_each_statement
-from .._database.reads import BEGINS, FIRST
+from .._database.reads import BEGINS, FIRST, note_first
 from .._drivers.registry import driver_of
 from ..errors import ScopeError
 from .binds import OPTION, PLACE
@@ -70,7 +70,9 @@ def _set(connection: Connection) -> None:
     if OPTION in options:
         if commits_each_statement(connection):
             _refuse(connection)
-        if FIRST not in options:
+        if FIRST in options:
+            note_first(connection, is_due=True)
+        else:
             connection.exec_driver_sql(options[OPTION], execution_options={BEGINS: True})
 
 

@@ -14,7 +14,7 @@ from .._settings.arguments import make_with_options
 from ..errors import ConfigurationError, shown
 from ..middleware import SQLASessionMiddleware
 from .application import TenantApplication
-from .binds import OPTION, PLACE, TenantSource, asks_for_name, is_template, template_of
+from .binds import OPTION, PLACE, TenantSource, asks_for_name, identifiers_of, is_template, template_of
 from .local_settings import begin_with_settings, prepare_nothing, setting_statement
 from .names import is_name
 
@@ -55,6 +55,8 @@ class ApplicationMaker:
         self._binds = {key: template_of(f"binds[{key!r}]", each) for key, each in binds.items()}
         self._replicas = [template_of(f"replicas[{number}]", each) for number, each in enumerate(replicas)]
         given = (bind, *binds.values(), *replicas)
+        #: what is made of a tenant's name on servers
+        self.identifiers = identifiers_of(given, self._schema, self._set_local)
         if self._schema is not None or self._set_local:
             self._share(bind, given)
         elif not is_template(bind):
@@ -139,7 +141,9 @@ class ApplicationMaker:
         if self._schema is not None:
             schema = self._schema.replace(PLACE, name)
             options["schema_translate_map"] = {None: schema}
-            settings = {"search_path": f'"{schema}"', **settings}
+            # Temporary tables are the connection's, and would be looked for first ("search_path"): those of another
+            # tenant would hide a table.
+            settings = {"search_path": f'"{schema}", pg_temp', **settings}
         return {**options, OPTION: setting_statement(settings, name)}
 
 

@@ -19,15 +19,24 @@ from .._database.forks import fork_safe_lock
 from .._settings.checks import resolve_option
 from ..errors import ConfigurationError, shown
 
-__all__ = ["LONGEST", "KnownNames", "is_name"]
+__all__ = ["LONGEST", "PLACE", "KnownNames", "is_name"]
 
 logger = logging.getLogger("sqlasession_middleware.tenants")
+
+#: What stands for the name of the tenant.
+PLACE: Final = "{tenant}"
 
 #: What PostgreSQL keeps of an identifier, in bytes (NAMEDATALEN), and DNS of a label.
 LONGEST: Final = 63
 
 #: In lower case only: to MySQL, DNS and some file systems "Acme" is "acme", and to PostgreSQL it is not.
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+#: Schemas and databases that PostgreSQL, MySQL and MariaDB have themselves. Those of PostgreSQL that begin with "pg_"
+#: are its own, too ("The System Catalog Schema").
+_TAKEN: Final = frozenset(
+    ("public", "information_schema", "postgres", "template0", "template1", "mysql", "performance_schema", "sys")
+)
 
 #: After how many seconds a directory that could not be asked is asked again.
 _RETRY: Final = 5.0
@@ -41,25 +50,41 @@ def is_name(name: object, longest: int = LONGEST) -> bool:
     return isinstance(name, str) and len(name) <= longest and _NAME.fullmatch(name) is not None
 
 
+def _longest_name(identifiers: Iterable[str]) -> int:
+    """How long a name may be, so that no server cuts off what is made of it: it would be another tenant's then."""
+    return min((LONGEST - len(each.replace(PLACE, "").encode()) for each in identifiers), default=LONGEST)
+
+
+def _is_taken(identifiers: Iterable[str], name: str) -> bool:
+    """Whether what is made of a name belongs to the server, or to all: customers may choose their names."""
+    made = [each.replace(PLACE, name) for each in identifiers]
+    return any(each in _TAKEN or each.startswith("pg_") for each in made)
+
+
 class KnownNames:
     """The names of all tenants.
 
     :param known: the names; or a callable that returns them, or its dotted name; or a dict with a ``query`` that
         selects them, and the ``bind`` to ask.
     :param seconds: for how long an answer holds.
-    :param longest: how long a name may be.
+    :param identifiers: what is made of a name on servers, with ``{tenant}``.
     :raises ConfigurationError: if ``known`` is something else, or has a name that is none.
     """
 
-    def __init__(self, known: Any, seconds: float, longest: int = LONGEST) -> None:
+    def __init__(self, known: Any, seconds: float, identifiers: Collection[str] = ()) -> None:
         self._seconds = seconds
-        self._longest = longest
+        self._identifiers = identifiers
+        self._longest = longest = _longest_name(identifiers)
         self._asking = fork_safe_lock()
         #: the database that has the names, if one has them
         self.directory: EngineSource | None = None
         #: until when the names hold, by :data:`now`
         self.until = 0.0
-        self._names: frozenset[str] | None = None
+        #: the names of the last answer; None if nobody has asked
+        self.last: frozenset[str] | None = None
+        #: how often it has failed to ask, and the last error
+        self._failures = 0
+        self._failure: Exception | None = None
         self._ask: Callable[[], Iterable[Any]] | None = None
         if isinstance(known, Mapping):
             self._read_query(known)
@@ -68,7 +93,12 @@ class KnownNames:
                 if not is_name(name, longest):
                     problem = f"must be names of up to {longest} of a to z, 0 to 9, '-' and '_', got {shown(name)}."
                     raise ConfigurationError("known", problem)
-            self._names = frozenset(known)
+                if _is_taken(identifiers, name):
+                    problem = (
+                        f"must have no name that makes a schema or database of the server's own, got {shown(name)}."
+                    )
+                    raise ConfigurationError("known", problem)
+            self.last = frozenset(known)
             self.until = float("inf")
         else:
             self._ask = resolve_option("known", known)
@@ -99,7 +129,7 @@ class KnownNames:
 
         :raises Exception: if they cannot be asked for, and were not known before.
         """
-        names = self._names
+        names = self.last
         if names is not None and now() < self.until:
             return names
         if names is not None:
@@ -110,8 +140,18 @@ class KnownNames:
                 finally:
                     self._asking.release()
             return names
+        failures = self._failures
         with self._asking:
-            return self._names or self.ask()
+            if self.last is not None:
+                return self.last
+            if self._failure is not None and self._failures != failures:
+                # Each would wait for a silent directory after the other.
+                raise self._failure.with_traceback(None)
+            try:
+                return self.ask()
+            except Exception as error:
+                self._failures, self._failure = self._failures + 1, error
+                raise
 
     def ask(self) -> frozenset[str]:
         """Ask for the names now.
@@ -119,13 +159,18 @@ class KnownNames:
         :raises Exception: if they cannot be asked for.
         """
         if self._ask is None:
-            return self._names or frozenset()
-        found = set(self._ask())
-        names = frozenset(name for name in found if is_name(name, self._longest))
+            return self.last or frozenset()
+        answer = self._ask()
+        if isinstance(answer, str | bytes):  # Its letters would be names.
+            raise ConfigurationError("known", f"must return names, got {type(answer).__name__}.")
+        found = set(answer)
+        names = frozenset(
+            name for name in found if is_name(name, self._longest) and not _is_taken(self._identifiers, name)
+        )
         if len(names) < len(found):
-            logger.warning("%d names of tenants are ignored: they have another form than a-z, 0-9, - and _, or are too"
-                           " long", len(found) - len(names))  # fmt: skip
-        self._names, self.until = names, now() + self._seconds
+            logger.warning("%d names of tenants are ignored: they have another form than a-z, 0-9, - and _, are too"
+                           " long, or are a server's", len(found) - len(names))  # fmt: skip
+        self.last, self.until = names, now() + self._seconds
         return names
 
     def _ask_again(self, names: frozenset[str]) -> frozenset[str]:

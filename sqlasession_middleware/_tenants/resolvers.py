@@ -56,13 +56,16 @@ def make_resolver(tenant: Any, domain: str | None, hosts: Any) -> Resolver:
 
 
 def host_of(environ: WSGIEnvironment) -> str:
-    """The host that a request names, without its port: in lower case, as no host has another one (RFC 9110, 4.2.3)."""
+    """The host that a request names, without its port: in lower case, as no host has another one (RFC 9110, 4.2.3).
+
+    The dot at the end of an absolute name is left out, too (RFC 1034, 3.1): browsers send it as it was typed.
+    """
     host: str = environ.get("HTTP_HOST") or environ.get("SERVER_NAME", "")
     name, colon, port = host.rpartition(":")
     if colon and (port.isdecimal() or not port):
         host = name
     # Outside of ASCII lower() makes letters out of others.
-    return host.lower() if host.isascii() else NOBODY
+    return host.lower().removesuffix(".") if host.isascii() else NOBODY
 
 
 def _from_subdomain(domain: Any) -> Resolver:
@@ -82,7 +85,7 @@ def _from_subdomain(domain: Any) -> Resolver:
 
 def _from_host(hosts: Any) -> Resolver:
     if isinstance(hosts, Mapping):
-        by_host = {str(host).lower(): tenant for host, tenant in hosts.items()}
+        by_host = {str(host).lower().removesuffix("."): tenant for host, tenant in hosts.items()}
         return lambda environ: by_host.get(host_of(environ), NOBODY)
     find = resolve_option("hosts", hosts)
     return lambda environ: find(host_of(environ))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -43,30 +43,53 @@ class TenantTable:
                     for source in application.named_sources().values():
                         source.on_creation(partial(self._note_engine, application))
                     self.applications[name] = application
+                    if application.open_engines():
+                        self._opened[name] = application
         return application
 
     def _note_engine(self, application: TenantApplication, engine: Any) -> None:
-        self._opened[application.tenant] = application
+        if self.applications.get(application.tenant) is application:
+            self._opened[application.tenant] = application
 
     def keep(self, application: TenantApplication) -> None:
-        """Keep an application that was forgotten and is used, unless another one has its name by now."""
+        """Keep an application that was forgotten and is used, unless another one has its name by now, or nobody."""
+        if not application.is_known:
+            return
         with self._lock:
             kept = self.applications.setdefault(application.tenant, application)
             if kept is application and application.open_engines():
                 self._opened[application.tenant] = application
 
-    def sweep(self, known: Callable[[str], bool]) -> None:
+    def sweep(self, known: Collection[str]) -> None:
         """Forget the idle ones, those of no known name, and the longest idle ones if there are too many.
 
-        :param known: whether there is a tenant of a name.
+        :param known: the names of all tenants.
         """
         with self._lock:
             at = now()
             self.next_sweep = at + self._idle / 2
             for name, application in list(self.applications.items()):
-                if at - application.last_used >= self._idle or not known(name):
+                if name not in known:
+                    self._remove(application)
+                elif at - application.last_used >= self._idle:
                     self._forget(application)
             self._make_room(0)
+
+    def relieve(self) -> None:
+        """Forget the longest idle ones if there are too many: those that were in use, or had no connection before."""
+        # Not waited for: the garbage collector may end a scope at any time, also where another lock is held.
+        if len(self._opened) > self._most and self._lock.acquire(blocking=False):
+            try:
+                self._make_room(0)
+            finally:
+                self._lock.release()
+
+    def _remove(self, application: TenantApplication) -> None:
+        """Have nobody find an application. Who uses it goes on, and the last one closes its connections."""
+        application.is_known = False
+        if not self._forget(application):
+            self.applications.pop(application.tenant, None)
+            self._opened.pop(application.tenant, None)
 
     def _make_room(self, wanted: int = 1) -> None:
         excess = len(self._opened) + wanted - self._most
@@ -79,7 +102,7 @@ class TenantTable:
     def _forget(self, application: TenantApplication) -> bool:
         """Forget an application and close its connections, unless it is in use."""
         name = application.tenant
-        if application.is_in_use():
+        if application.is_in_use() or self.applications.get(name) is not application:
             return False
         # A scope that begins notes itself first, and looks here then. So one of the two sees the other.
         del self.applications[name]
