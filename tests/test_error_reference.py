@@ -400,7 +400,7 @@ def misspell_the_url() -> None:
     SQLAlchemy(app)
 
 
-@provokes("No SQLASessionMiddleware is around the code that uses 'session' in the request …: …")
+@provokes("No SQLASessionMiddleware is around the code that uses 'session' in the request …, or its scope is over: …")
 def use_session_around_the_middleware() -> None:
     def app(environ: Environ, start: StartResponse) -> list[bytes]:
         select_one()

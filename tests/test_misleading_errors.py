@@ -20,7 +20,9 @@ from sqlasession_middleware.flask_sqlalchemy import SQLAlchemy
 from .test_cli import command
 from .wsgi import Environ, StartResponse, select_one
 
-ELSEWHERE = "No SQLASessionMiddleware is around the code that uses 'session' in the request GET '/cart': "
+ELSEWHERE = (
+    "No SQLASessionMiddleware is around the code that uses 'session' in the request GET '/cart', or its scope is over: "
+)
 
 
 def answer(environ: Environ, start_response: StartResponse) -> list[bytes]:

@@ -925,7 +925,7 @@ INI_MISTAKES = {
     "sqlalchemy.replicas.url": (ONE, "'sqlalchemy.replicas.url' in shop.ini is not a setting: list the URLs in"),
     "sqlalchemy.replicas.pol_size": ("7", "'sqlalchemy.replicas.pol_size' in shop.ini is not an option"),
     "sqlalchemy.replicas.pool_size": ("x", "'sqlalchemy.replicas.pool_size' in shop.ini must be a whole number"),
-    "sqlalchemy.replica": (ONE, "'sqlalchemy.replica' in shop.ini is not an option of create_engine() for sqlite"),
+    "sqlalchemy.replica": (ONE, "'sqlalchemy.replica' in shop.ini is not a setting of this middleware; did you mean"),
     "read_your_writes": ("often", "'read_your_writes' in shop.ini must be a number of seconds"),
 }  # fmt: skip
 

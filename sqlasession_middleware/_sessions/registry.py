@@ -165,8 +165,9 @@ def current_scope() -> Scope:
             request = request_without_scope()
             if request is not None:
                 raise ScopeError(
-                    f"No SQLASessionMiddleware is around the code that uses 'session' in the request {request}:"
-                    " wrap what uses it. In a pipeline, the middleware comes before it: 'pipeline = db shop'."
+                    f"No SQLASessionMiddleware is around the code that uses 'session' in the request {request},"
+                    " or its scope is over: wrap what uses it. In a pipeline, the middleware comes before it:"
+                    " 'pipeline = db shop'."
                 )
             if is_in_flask_context():
                 raise ScopeError(
