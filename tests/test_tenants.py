@@ -735,7 +735,7 @@ class TestRowsEach:
             connection.execute(text("DROP ROLE IF EXISTS tenant_role"))
             for statement in (
                 "ALTER TABLE tenant_note ENABLE ROW LEVEL SECURITY",
-                "CREATE POLICY own ON tenant_note USING (owner = current_setting('app.tenant'))",
+                "CREATE POLICY own ON tenant_note USING (owner = NULLIF(current_setting('app.tenant', true), ''))",
                 "CREATE ROLE tenant_role LOGIN",
                 "GRANT ALL ON tenant_note, tenant_note_id_seq TO tenant_role",
             ):
@@ -757,6 +757,12 @@ class TestRowsEach:
                 assert len(connection.execute(select(Note.__table__)).all()) == 9
             with app.context("acme"), pytest.raises(Exception, match="policy"):
                 session.execute(insert(Note).values(owner="globex"))
+            # On a connection that was a tenant's, the setting is an empty text.
+            with app.shared.context():
+                session.execute(text("SET LOCAL ROLE tenant_role"))
+                assert session.scalars(text("SELECT owner FROM tenant_note")).all() == []
+                with pytest.raises(Exception, match="policy"):
+                    session.execute(insert(Note).values(owner=""))
         finally:
             app.dispose()
             with engine.begin() as connection:
