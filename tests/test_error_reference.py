@@ -1060,6 +1060,16 @@ provokes("error: the tenant …: …")(check_with_one_that_is_away)
 provokes("error: … of … have failed: …")(check_with_one_that_is_away)
 
 
+@provokes("error: --commit needs -c or one tenant: …")
+def commit_for_all(ini: Any) -> Result:
+    return command("shell", ini({"sqlalchemy.url": "sqlite://"}), "--all-tenants", "--commit")
+
+
+@provokes("error: -c must be Python: …")
+def run_what_is_no_code(ini: Any) -> Result:
+    return command("shell", ini({"sqlalchemy.url": "sqlite://"}), "-c", "for")
+
+
 # The command.
 
 

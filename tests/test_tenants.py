@@ -781,6 +781,19 @@ def test_other_databases_are_those_of_all(schemas: Any, tmp_path: Path) -> None:
     assert app.application("acme").without_secrets("nothing") == "nothing"
 
 
+def test_bind_on_a_standby_is_the_tenants(schemas: Any, postgresql: str) -> None:
+    """In place of replicas, which a shared pool cannot have: another engine on which the tenant is set as well."""
+    app = schemas(binds={"standby": postgresql})
+    statements = (select(Note.owner), text("SELECT owner FROM tenant_note"))
+    for name in NAMES:
+        ask(app, name, "POST")
+    for name in NAMES * 2:
+        with app.context(name):
+            for statement in statements:
+                assert session.scalars(statement, bind_arguments={"bind_key": "standby"}).all() == [name]
+    assert app.shared.engines["standby"].pool.checkedin() == 1
+
+
 def test_engine_that_is_given_can_be_shared_by_two(postgresql: str) -> None:
     engine = create_engine(postgresql, pool_size=1, max_overflow=0)
     options: dict[str, Any] = {"tenant": "header:X-Tenant", "known": NAMES, "metadata": Base.metadata}
