@@ -122,7 +122,7 @@ class KnownNames:
 
     def are_known(self) -> bool:
         """Whether the names were found before, so that requests can do without the directory."""
-        return self._names is not None
+        return self.last is not None
 
     def get(self) -> frozenset[str]:
         """The names, as far as they are known. Where nobody knows them yet, it waits for the answer.

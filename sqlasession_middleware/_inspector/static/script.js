@@ -49,7 +49,7 @@ function rowOf(data, root) {
     path,
     element("td", statusOf(data)),
     element("td", milliseconds(data.seconds), "number"),
-    element("td", milliseconds(data.database), "number"),
+    element("td", milliseconds(data.database + data.fetched), "number"),
     element("td", String(data.queries), "number"),
     element("td", String(data.trips), "number"),
     element("td", milliseconds(data.waited), "number"),
