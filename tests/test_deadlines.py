@@ -505,6 +505,37 @@ def test_child_watches_by_itself() -> None:
 
 
 #: A greenlet waits for its database, and another one works meanwhile.
+FAILED_STREAM = """
+import gc, sys
+from sqlalchemy import text
+from sqlasession_middleware import SQLASessionMiddleware
+from sqlasession_middleware.errors import DeadlineError
+
+app = SQLASessionMiddleware.without_app({url!r})
+streamed = text("SELECT seq, sleep(0.01) FROM seq_1_to_8000").execution_options(yield_per=5)
+connections = []
+for _ in range(2):
+    try:
+        with app.context(deadline=0.4) as session:
+            connections.append(session.connection().connection.dbapi_connection)
+            list(session.execute(streamed))
+    except DeadlineError:
+        gc.collect()
+# The list, the variable of this loop, and the argument.
+print([sys.getrefcount(each) >= 3 for each in connections])
+app.dispose()
+"""
+
+
+def test_connection_of_a_failed_stream_is_released_once() -> None:
+    """MariaDB Connector/Python releases it twice when the garbage collector takes its cursor."""
+    pytest.importorskip("mariadb")
+    (row,) = [each for each in (param.values[0] for param in SERVERS) if each.module == "mariadb"]
+    script = FAILED_STREAM.format(url=row.url().render_as_string(hide_password=False))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "[True, True]\n"), done.stderr
+
+
 GREENLETS = """
 import gevent.monkey
 gevent.monkey.patch_all()

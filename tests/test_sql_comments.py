@@ -266,9 +266,9 @@ def test_reads_of_lazy_begin_stay_alone(make: Any, row: Row, monkeypatch: pytest
     alone: list[bool] = []
     read = Pipeline.read
 
-    def note(pipeline: Any, begin: Any, cursor: Any, execute: Any, is_known: bool) -> Any:
+    def note(pipeline: Any, begin: Any, cursor: Any, execute: Any, is_known: bool, first: Any) -> Any:
         alone.append(is_known)
-        return read(pipeline, begin, cursor, execute, is_known)
+        return read(pipeline, begin, cursor, execute, is_known, first)
 
     monkeypatch.setattr(Pipeline, "read", note)
     numbers = itertools.count()

@@ -58,8 +58,13 @@ def is_in_one_application() -> bool:
 
 
 def _running_frames() -> list[FrameType]:
+    """The frames around the function that calls this.
+
+    Without the function's own: it would lead to itself by what it has, and all that these frames have, connections and
+    responses, would wait for the garbage collector.
+    """
     frames: list[FrameType] = []
-    frame: FrameType | None = calling_frame(0)
+    frame: FrameType | None = calling_frame(2)
     while frame is not None:
         frames.append(frame)
         frame = frame.f_back

@@ -152,7 +152,7 @@ class _Waits:
         """Another connection to the same database, outside of the pool and of its limits.
 
         It is the driver's own. SQLAlchemy would roll it back before it closes it, which a server that is silent does
-        not answer, and which ends the process where MariaDB Connector/Python has lost it.
+        not answer.
         """
         engine = self._engine()
         assert engine is not None  # One of its connections is in use.

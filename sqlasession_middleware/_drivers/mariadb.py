@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any
+from typing import Any, Final
 
 from .._dependencies import LAST_STATEMENT, socket_number_of
 from .base import Code, read_attribute
 from .mysql import MySQLDriver, number_of
 
 __all__ = ["MariaDBConnector"]
+
+#: Cursors whose rows have ended with an error that was raised here. An error and its frames lead to each other, and to
+#: the cursor; and of a cursor that the garbage collector takes, the driver releases the connection twice (1.1.14), which
+#: ends the process at some later time. So they are kept until nothing else leads to them.
+_failed: Final[deque[Any]] = deque()
 
 
 class MariaDBConnector(MySQLDriver):
@@ -54,6 +61,7 @@ class MariaDBConnector(MySQLDriver):
         return number_of(read_attribute(driver_connection, "connection_id"))
 
     def mind_rows(self, cursor: Any, check: Callable[[bool], None]) -> None:
+        release_failed_cursors()
         kind: Any = type(cursor)
         cursor.__class__ = minding_class(kind)
         cursor.check_rows = check
@@ -73,21 +81,36 @@ def minding_class(kind: type[Any]) -> type:
     :param kind: the driver's class. Its methods return what they have when the server sends an error instead of a row.
     """
 
+    def check(self: Any, has_ended: bool) -> None:
+        try:
+            self.check_rows(has_ended)
+        except BaseException:
+            _failed.append(self)
+            raise
+
     def fetchone(self: Any) -> Any:
         row = kind.fetchone(self)
-        self.check_rows(row is None)
+        check(self, row is None)
         return row
 
     def fetchmany(self: Any, size: int = 0) -> Any:
         rows = kind.fetchmany(self, size)
-        self.check_rows(len(rows) < (size or self.arraysize))
+        check(self, len(rows) < (size or self.arraysize))
         return rows
 
     def fetchall(self: Any) -> Any:
         rows = kind.fetchall(self)
-        self.check_rows(True)
+        check(self, True)
         return rows
 
     methods = {call.__name__: wraps(getattr(kind, call.__name__))(call) for call in (fetchone, fetchmany, fetchall)}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**names, **methods})
+
+
+def release_failed_cursors() -> None:
+    """Keep no cursor any more to which nothing else leads."""
+    for _ in range(len(_failed)):
+        cursor = _failed.popleft()
+        if sys.getrefcount(cursor) > 2:  # this variable, and the argument
+            _failed.append(cursor)
