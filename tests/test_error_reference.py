@@ -552,6 +552,13 @@ def ask_for_no_page(make: Any) -> None:
         Request.blank("/?page=0").paginate(select(Guest))
 
 
+@provokes("…() needs a select(), got …")
+def ask_for_pages_of_a_class(make: Any) -> None:
+    request: Any = Request.blank("/")
+    with make(metadata=Guest.metadata).context():
+        request.paginate(Guest)
+
+
 @provokes("paginate_by_key() needs a statement with order_by(): …")
 def ask_for_pages_without_an_order(make: Any) -> None:
     with make(metadata=Guest.metadata).context():
