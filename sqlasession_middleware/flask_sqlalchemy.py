@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["SQLAlchemy"]
 
 _URI, _OPTIONS, _BINDS = "SQLALCHEMY_DATABASE_URI", "SQLALCHEMY_ENGINE_OPTIONS", "SQLALCHEMY_BINDS"
+#: What hosting services and other libraries call the URL.
+_OTHERS_NAMES = ("DATABASE_URL", "DATABASE_URI", "SQLALCHEMY_URL")
 
 
 class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
@@ -142,7 +144,8 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
         except RuntimeError as error:
             # Only if no database is set up. It is Flask-SQLAlchemy's error then.
             written = {key.upper(): key for key in app.config if app.config[key] and key not in (_URI, _BINDS)}
-            if not app.config.get(_URI) and (similar := get_close_matches(_URI, written, 1, 0.75)):
+            similar = get_close_matches(_URI, written, 1, 0.75) or [name for name in _OTHERS_NAMES if name in written]
+            if similar and not app.config.get(_URI):
                 problem = f"is not a setting of Flask-SQLAlchemy; did you mean {_URI!r}?"
                 raise ConfigurationError(f"{written[similar[0]]!r}{IN_CONFIGURATION}", problem) from error
             raise
