@@ -24,9 +24,11 @@ from flask import current_app, has_app_context
 from flask.globals import app_ctx
 from sqlalchemy import Engine
 from sqlalchemy.engine import URL
+from sqlalchemy.pool import StaticPool
 
 from ._database.engines import EngineSource, source_of
 from ._database.liveness import PING_AFTER
+from ._database.schema import create_tables
 from ._database.urls import parse_url
 from ._dependencies import current_object
 from ._flask.middleware import EXTENSION, FlaskMiddleware
@@ -167,6 +169,17 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
                 raise
             raise error.renamed(names, IN_CONFIGURATION) from error.__cause__
         app.extensions[EXTENSION] = app.wsgi_app = middleware  # type: ignore[method-assign]  # as Flask documents it
+
+    def create_all(self, bind_key: Any = "__all__") -> None:
+        """Create the tables that do not exist. All workers of a server may do so at the same moment."""
+        every = bind_key == "__all__"
+        for key in list(self.metadatas) if every else [bind_key] if isinstance(bind_key, str | None) else bind_key:
+            engine: Any = self.engines.get(key)
+            # Tests may have put a connection there. That of a StaticPool is the session's as well.
+            if isinstance(engine, Engine) and not isinstance(engine.pool, StaticPool) and key in self.metadatas:
+                create_tables(engine, self.metadatas[key])
+            else:
+                super().create_all(key)
 
     def drop_all(self, bind_key: Any = "__all__") -> None:
         """Drop the tables.
