@@ -1101,6 +1101,11 @@ CHECKS = {
 }
 
 
+@provokes("error: port of [server:main] must be a whole number from 0 to 65535, got …")
+def serve_on_no_port(ini: Any) -> Result:
+    return command("serve", ini({"sqlalchemy.url": "sqlite://"}, "[server:main]\nport = 80000"))
+
+
 def refused(case: str) -> Callable[[Any], Result]:
     return lambda ini: check(test_cli.REFUSED[case][0](ini))
 

@@ -288,6 +288,16 @@ def test_command_names_the_sections_that_there_are(named: str, asked: str, said:
     assert (done.exit_code, done.stderr) == (2, f"error: {ini}{asked} cannot be loaded: {said}\n")
 
 
+@pytest.mark.parametrize("port", ["80000", "65536", "-1", "http", "", "\N{SUPERSCRIPT TWO}"])
+def test_command_serves_on_no_other_port_than_the_one_that_is_written(port: str, tmp_path: Path) -> None:
+    ini = tmp_path / "shop.ini"
+    shop = f"[app:shop]\npaste.app_factory = {__name__}:make_answer\n"
+    ini.write_text(f"{PIPELINE.format('shop')}\n{shop}[server:main]\nport = {port}\n", "utf-8")
+    done = command("serve", str(ini))
+    said = f"error: port of [server:main] must be a whole number from 0 to 65535, got {port!r}.\n"
+    assert (done.exit_code, done.stderr) == (2, said)
+
+
 def test_command_passes_other_errors_of_an_ini_on(tmp_path: Path) -> None:
     ini = tmp_path / "shop.ini"
     ini.write_text("[app:main]\n")
