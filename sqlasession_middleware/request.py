@@ -166,7 +166,8 @@ class DatabaseRequest:
         :param page: its number, from 1. The default is ``page`` in the query string of the request, or 1.
         :param per_page: how many results a page has. The default is ``per_page`` in the query string, or 20.
         :param max_per_page: how many a page has at most, whatever was asked for.
-        :param count: whether to count all results, which takes another query unless this is the last page.
+        :param count: whether to count all results, which takes another query unless this is the last page. The last
+            page takes it in any case if a collection is loaded by a join.
         :raises Exception: :attr:`not_found_exception`, if there is no such page, or if a number is none. The first page
             may be empty.
         :raises TypeError: if it is no ``select()``, but a class or a ``Query``.
