@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from threading import Lock, RLock
     from types import FrameType, TracebackType
 
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Engine, Result
     from sqlalchemy.engine import Dialect, ExecutionContext
     from sqlalchemy.orm import Session, SessionTransaction
     from sqlalchemy.orm.session import SessionTransactionState
@@ -66,6 +66,7 @@ __all__ = [
     "outdate_connections",
     "ping",
     "reinitialize_lock",
+    "repeats_entities",
     "root_engine",
     "set_execution_options",
     "socket_number_of",
@@ -114,6 +115,14 @@ def flush_error(session: Session | None) -> BaseException | None:
     """
     error: BaseException | None = getattr(getattr(session, TRANSACTION, None), "_rollback_exception", None)
     return error
+
+
+def repeats_entities(result: Result[Any]) -> bool:
+    """Whether an entity has several rows in a result because a collection was joined to be loaded with it.
+
+    SQLAlchemy says so only by the error of a result that is read without ``unique()``, and its rows are gone then.
+    """
+    return result._unique_filter_state is not None
 
 
 # SQLAlchemy: statements. Each statement of an application with binds or replicas is looked at. What has the attribute

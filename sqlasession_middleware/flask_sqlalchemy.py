@@ -24,9 +24,11 @@ from flask import current_app, has_app_context
 from flask.globals import app_ctx
 from sqlalchemy import Engine
 from sqlalchemy.engine import URL
+from sqlalchemy.pool import StaticPool
 
 from ._database.engines import EngineSource, source_of
 from ._database.liveness import PING_AFTER
+from ._database.schema import create_tables
 from ._database.urls import parse_url
 from ._dependencies import current_object
 from ._flask.middleware import EXTENSION, FlaskMiddleware
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = ["SQLAlchemy"]
 
 _URI, _OPTIONS, _BINDS = "SQLALCHEMY_DATABASE_URI", "SQLALCHEMY_ENGINE_OPTIONS", "SQLALCHEMY_BINDS"
+#: What hosting services and other libraries call the URL.
+_OTHERS_NAMES = ("DATABASE_URL", "DATABASE_URI", "SQLALCHEMY_URL")
 
 
 class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
@@ -142,7 +146,8 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
         except RuntimeError as error:
             # Only if no database is set up. It is Flask-SQLAlchemy's error then.
             written = {key.upper(): key for key in app.config if app.config[key] and key not in (_URI, _BINDS)}
-            if not app.config.get(_URI) and (similar := get_close_matches(_URI, written, 1, 0.75)):
+            similar = get_close_matches(_URI, written, 1, 0.75) or [name for name in _OTHERS_NAMES if name in written]
+            if similar and not app.config.get(_URI):
                 problem = f"is not a setting of Flask-SQLAlchemy; did you mean {_URI!r}?"
                 raise ConfigurationError(f"{written[similar[0]]!r}{IN_CONFIGURATION}", problem) from error
             raise
@@ -164,6 +169,17 @@ class SQLAlchemy(flask_sqlalchemy.SQLAlchemy):
                 raise
             raise error.renamed(names, IN_CONFIGURATION) from error.__cause__
         app.extensions[EXTENSION] = app.wsgi_app = middleware  # type: ignore[method-assign]  # as Flask documents it
+
+    def create_all(self, bind_key: Any = "__all__") -> None:
+        """Create the tables that do not exist. All workers of a server may do so at the same moment."""
+        every = bind_key == "__all__"
+        for key in list(self.metadatas) if every else [bind_key] if isinstance(bind_key, str | None) else bind_key:
+            engine: Any = self.engines.get(key)
+            # Tests may have put a connection there. That of a StaticPool is the session's as well.
+            if isinstance(engine, Engine) and not isinstance(engine.pool, StaticPool) and key in self.metadatas:
+                create_tables(engine, self.metadatas[key])
+            else:
+                super().create_all(key)
 
     def drop_all(self, bind_key: Any = "__all__") -> None:
         """Drop the tables.

@@ -9,16 +9,15 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Dialect, func, select
+from sqlalchemy import Dialect, Result, Select, func, select
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.orm import Session, lazyload
+from sqlalchemy.sql.expression import GenerativeSelect
 
 from ._database.values import check_value
-
-if TYPE_CHECKING:
-    from sqlalchemy import Select
+from ._dependencies import repeats_entities
 
 __all__ = ["KeysetPage", "Page"]
 
@@ -115,26 +114,51 @@ class KeysetPage(Generic[Item]):
         return iter(self.items)
 
 
+def check_statement(statement: object, method: str, kind: type[GenerativeSelect]) -> None:
+    """Refuse what is no statement that a page can be made of.
+
+    :raises TypeError: naming the method.
+    """
+    if not isinstance(statement, kind):
+        found = statement if isinstance(statement, type) else type(statement)
+        raise TypeError(
+            f"{method}() needs a select(), got {found.__name__}:"
+            " pass a statement such as 'select(Guest).order_by(Guest.id)'."
+        )
+
+
+def _read(session: Session, statement: Select[Any]) -> tuple[Result[Any], bool]:
+    """Return its result, and whether an item of it may be several rows of the statement."""
+    # Elsewhere unique() would take rows away that the statement has, such as equal values of a column. The page would
+    # then be too short, and seem to be the last one.
+    result = session.execute(statement)
+    return (result.unique(), True) if repeats_entities(result) else (result, False)
+
+
 def find_page(session: Session, statement: Select[Any], page: int, per_page: int, count: bool) -> Page[Any]:
     """Query a page by its number.
 
     :raises LookupError: if there is no such page.
+    :raises TypeError: if it is no select().
     """
+    check_statement(statement, "paginate", GenerativeSelect)
     before = (page - 1) * per_page
     if page < 1 or per_page < 1 or before + per_page > _LARGEST_OFFSET:
         raise LookupError
     # One more tells whether there is another page.
-    items = session.scalars(statement.limit(per_page + 1).offset(before)).unique().all()
+    result, is_merged = _read(session, statement.limit(per_page + 1).offset(before))
+    items = result.scalars().all()
     if not items and page > 1:
         raise LookupError
     has_next = len(items) > per_page
     total = None
-    if count and has_next:
+    if not has_next and not is_merged:
+        total = before + len(items)
+    elif count or not has_next:
         counted = statement.options(lazyload("*")).order_by(None).subquery()
         total = session.scalars(select(func.count()).select_from(counted)).one()
-    elif count:
-        total = before + len(items)
-    return Page(items[:per_page], page, per_page, has_next, total)
+        has_next = has_next or total > before + per_page
+    return Page(items[:per_page], page, per_page, has_next, total if count else None)
 
 
 def find_keyset_page(
@@ -176,7 +200,7 @@ def find_keyset_page(
         except (TypeError, ValueError) as error:
             raise LookupError from error
     try:
-        rows = session.execute(prepared.select).unique().all()
+        rows = _read(session, prepared.select)[0].all()
     except StatementError as error:
         if place is None or isinstance(error, DBAPIError):
             raise

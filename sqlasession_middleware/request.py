@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 from urllib.parse import parse_qs
 
-from sqlalchemy import inspect
+from sqlalchemy import Select, inspect
 from sqlalchemy.exc import NoResultFound
 from sqlalchemy.orm import Session
 
@@ -26,10 +26,10 @@ from ._scope.local import application
 from ._sessions.registry import session
 from ._wsgi.webob import HTTPNotFound
 from ._wsgi.webob import Request as WebObRequest
-from .pages import KeysetPage, Page, find_keyset_page, find_page
+from .pages import KeysetPage, Page, check_statement, find_keyset_page, find_page
 
 if TYPE_CHECKING:
-    from sqlalchemy import Dialect, Select
+    from sqlalchemy import Dialect
 
     from .middleware import SQLASessionMiddleware
 
@@ -166,9 +166,11 @@ class DatabaseRequest:
         :param page: its number, from 1. The default is ``page`` in the query string of the request, or 1.
         :param per_page: how many results a page has. The default is ``per_page`` in the query string, or 20.
         :param max_per_page: how many a page has at most, whatever was asked for.
-        :param count: whether to count all results, which takes another query unless this is the last page.
+        :param count: whether to count all results, which takes another query unless this is the last page. The last
+            page takes it in any case if a collection is loaded by a join.
         :raises Exception: :attr:`not_found_exception`, if there is no such page, or if a number is none. The first page
             may be empty.
+        :raises TypeError: if it is no ``select()``, but a class or a ``Query``.
         """
         page = self._number("page", 1) if page is None else page
         per_page = self._number("per_page", PER_PAGE) if per_page is None else per_page
@@ -215,11 +217,13 @@ class DatabaseRequest:
         :param per_page: and ``max_per_page``: as for :meth:`paginate`.
         :raises Exception: :attr:`not_found_exception`, if it is no bookmark of this statement, or a number is none.
         :raises ValueError: if the statement has no order.
+        :raises TypeError: if it is no ``select()``, but a class or a ``Query``.
         :raises ImportError: if sqlakeyset is not installed.
         """
         bookmark = self._argument("bookmark", "") if bookmark is None else bookmark
         per_page = self._number("per_page", PER_PAGE) if per_page is None else per_page
-        entity = statement.column_descriptions[0]["entity"]
+        check_statement(statement, "paginate_by_key", Select)
+        entity = statement.column_descriptions[0].get("entity")  # A column of a Table has none.
         try:
             return find_keyset_page(
                 self.dbsession, statement, bookmark, min(per_page, max_per_page), self._dialect_of(entity)

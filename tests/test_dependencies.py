@@ -46,7 +46,18 @@ from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.engine import ExceptionContext, ExecutionContext
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    aliased,
+    contains_eager,
+    joinedload,
+    mapped_column,
+    relationship,
+    scoped_session,
+    selectinload,
+)
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.pool import AssertionPool, NullPool, QueuePool, SingletonThreadPool, StaticPool
@@ -75,6 +86,13 @@ class Item(Base):
     version: Mapped[int] = mapped_column()
     n: Mapped[int] = mapped_column(default=0)
     __mapper_args__ = {"version_id_col": version}  # noqa: RUF012
+
+
+class Part(Base):
+    __tablename__ = "dependencies_part"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    whole_id: Mapped[int | None] = mapped_column(ForeignKey("dependencies_part.id"))
+    parts: Mapped[list[Part]] = relationship()
 
 
 items = Item.__table__
@@ -174,6 +192,21 @@ def test_flush_error(session: Session) -> None:
     session.rollback()
     assert _dependencies.flush_error(session) is None
     assert _dependencies.flush_error(None) is None
+
+
+def test_repeats_entities(session: Session) -> None:
+    assert_has(session.execute(select(Part)), "_unique_filter_state")
+    joined = select(Part).join(part := aliased(Part), Part.parts)
+    for statement in (
+        select(Part),
+        select(Part.id),
+        joined,
+        select(items.c.id),
+        joined.options(selectinload(Part.parts)),
+    ):
+        assert not _dependencies.repeats_entities(session.execute(statement))
+    for option in (joinedload(Part.parts), contains_eager(Part.parts.of_type(part))):
+        assert _dependencies.repeats_entities(session.execute(joined.options(option)))
 
 
 def test_methods_of_a_scoped_session_use_the_overridden_property(session: Session) -> None:

@@ -552,6 +552,13 @@ def ask_for_no_page(make: Any) -> None:
         Request.blank("/?page=0").paginate(select(Guest))
 
 
+@provokes("…() needs a select(), got …")
+def ask_for_pages_of_a_class(make: Any) -> None:
+    request: Any = Request.blank("/")
+    with make(metadata=Guest.metadata).context():
+        request.paginate(Guest)
+
+
 @provokes("paginate_by_key() needs a statement with order_by(): …")
 def ask_for_pages_without_an_order(make: Any) -> None:
     with make(metadata=Guest.metadata).context():
@@ -1092,6 +1099,11 @@ CHECKS = {
     "error: … has no section with 'use = egg:sqlasession_middleware'.": "no middleware",
     "error: … of [server:main] must be a whole number from 1, got …": "not a number",
 }
+
+
+@provokes("error: port of [server:main] must be a whole number from 0 to 65535, got …")
+def serve_on_no_port(ini: Any) -> Result:
+    return command("serve", ini({"sqlalchemy.url": "sqlite://"}, "[server:main]\nport = 80000"))
 
 
 def refused(case: str) -> Callable[[Any], Result]:

@@ -25,7 +25,7 @@ from flask_sqlalchemy.record_queries import get_recorded_queries
 from flask_sqlalchemy.session import Session as TheirSession
 from flask_sqlalchemy.track_modifications import models_committed
 from sqlalchemy import Engine, String, create_engine, delete, event, insert, select, text
-from sqlalchemy.exc import IntegrityError, UnboundExecutionError
+from sqlalchemy.exc import IntegrityError, OperationalError, UnboundExecutionError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool, StaticPool
 
@@ -38,6 +38,7 @@ from sqlasession_middleware.errors import ConfigurationError, ScopeError
 from sqlasession_middleware.flask_sqlalchemy import SQLAlchemy
 from sqlasession_middleware.testing import isolated
 
+from .conftest import DATABASES, DATABASES_SEEN
 from .ports import free_port
 from .wsgi import start_response
 
@@ -920,6 +921,54 @@ def test_texts_of_engine_options_are_converted(sqlite_url: str) -> None:
     options = {"pool_size": "3", "echo": "false", "pool_timeout": 5, "isolation_level": "SERIALIZABLE"}
     site = Site({"SQLALCHEMY_DATABASE_URI": sqlite_url, "SQLALCHEMY_ENGINE_OPTIONS": options})
     assert site.middleware.engine.pool.size() == 3
+
+
+# SQLite lets nobody else write then.
+@pytest.mark.parametrize("name", [name for name in DATABASES if name != "sqlite"])
+@pytest.mark.parametrize("keys", [("__all__",), (None,), ([None],)])
+def test_tables_are_created_when_another_worker_is_faster(keys: tuple[Any, ...], name: str) -> None:
+    """pallets-eco/flask-sqlalchemy#656, skyportal/skyportal#1802."""
+    site = Site({"SQLALCHEMY_DATABASE_URI": DATABASES_SEEN.url(name, "")}).create()
+    faster: list[object] = []
+
+    class Raced(site.db.Model):  # type: ignore[name-defined]
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    @event.listens_for(site.db.metadata, "before_create")
+    def create_first(metadata: Any, connection: Any, **options: Any) -> None:
+        """It has looked by now, and found that the table does not exist."""
+        if not faster:
+            faster.append(connection)
+            other = create_engine(connection.engine.url)
+            Raced.__table__.create(other)
+            other.dispose()
+
+    with site.app.app_context():
+        site.db.create_all(*keys)
+        site.db.session.add_all([Raced(), site.Guest(name="Ada")])
+        site.db.session.commit()
+        assert len(faster) == 1
+        site.db.drop_all()
+    site.middleware.dispose()
+
+
+@pytest.mark.parametrize("broken", ["engine", "connection"])
+def test_error_is_passed_on_when_tables_cannot_be_created(broken: str, sqlite_url: str) -> None:
+    site = Site({"SQLALCHEMY_DATABASE_URI": sqlite_url})
+    statement = "CREATE TABLE" if broken == "engine" else "CREATE TABLE guest (id INTEGER)"
+
+    @event.listens_for(site.db.metadata, "before_create")
+    def fail(metadata: Any, connection: Any, **options: Any) -> None:
+        connection.execute(text("CREATE TABLE guest (id INTEGER)"))
+        connection.execute(text(statement))
+
+    with site.app.app_context():
+        if broken == "connection":
+            site.db.engines[None] = site.db.engine.connect()
+        with pytest.raises(OperationalError, match=r"incomplete input|already exists"):
+            site.db.create_all()
+        if broken == "connection":
+            site.db.engines[None].close()
 
 
 @pytest.mark.parametrize("key", ["a", "default"])

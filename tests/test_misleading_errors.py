@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from flask import Flask
 from paste.deploy import loadapp
+from pyramid.config import Configurator
 from sqlalchemy import NullPool, text
 from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, application, session
+from sqlasession_middleware._pyramid.settings import read_options
 from sqlasession_middleware.errors import ConfigurationError, ScopeError
 from sqlasession_middleware.flask_sqlalchemy import SQLAlchemy
 
@@ -124,6 +126,9 @@ MEANT: dict[str, tuple[dict[str, str], str, str]] = {
     "no prefix of the session's": ({"expire_on_commit": "false"}, "expire_on_commit", "session.expire_on_commit"),
     "no prefix of another": ({"attempts": "3"}, "attempts", "transaction.attempts"),
     "Flask-SQLAlchemy's": ({"SQLALCHEMY_DATABASE_URI": "sqlite://"}, "SQLALCHEMY_DATABASE_URI", "sqlalchemy.url"),
+    "Alembic's in capitals": ({"SQLALCHEMY_URL": "sqlite://"}, "SQLALCHEMY_URL", "sqlalchemy.url"),
+    "another prefix": ({"db.url": "sqlite://"}, "db.url", "sqlalchemy.url"),
+    "a driver's": ({"dsn": "sqlite://"}, "dsn", "sqlalchemy.url"),
     "TurboGears's": ({"sqlalchemy.dburi": "sqlite://"}, "sqlalchemy.dburi", "sqlalchemy.url"),
     "one replica": (
         {"sqlalchemy.url": "sqlite://", "sqlalchemy.replica": "sqlite://"},
@@ -188,7 +193,13 @@ def test_error_proposes_the_parameter_that_was_meant() -> None:
 # -- what others have reported of other libraries: each is rebuilt, and leads to its cause here
 
 
-@pytest.mark.parametrize("key", ["SQLALCHEMY_DATABASE_URL", "SQLALCHEMY_DATBASE_URI", "SQLAlchemy_DATABASE_URI"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("SQLALCHEMY_DATABASE_URL", "SQLALCHEMY_DATBASE_URI", "SQLAlchemy_DATABASE_URI"),
+        *("SQLALCHEMY_URL", "DATABASE_URL", "DATABASE_URI", "database_url"),
+    ],
+)
 def test_misspelt_key_of_the_flask_configuration_is_named(key: str) -> None:
     """pallets-eco/flask-sqlalchemy#421, miguelgrinberg/microblog#50, techwithtim/Flask-Web-App-Tutorial#58, #106."""
     app = Flask("shop")
@@ -209,6 +220,21 @@ def test_error_is_the_one_of_flask_sqlalchemy_when_no_key_is_similar() -> None:
     db = SQLAlchemy(app)
     with pytest.raises(RuntimeError, match="has already been registered"):
         db.init_app(app)
+
+
+@pytest.mark.parametrize(
+    ("key", "end"),
+    [
+        ("sqlasession_middleware.nme", "; did you mean 'sqlasession_middleware.name'?"),
+        ("sqlasession_middleware.transaction.attempts", "; did you mean 'transaction.attempts'?"),
+        ("sqlasession_middleware.sqlalchemy.pool_size", "; did you mean 'sqlalchemy.pool_size'?"),
+    ],
+)
+def test_setting_of_pyramid_is_not_ignored_when_it_begins_as_our_own(key: str, end: str) -> None:
+    config = Configurator(settings={"sqlalchemy.url": "sqlite://", key: "3"})
+    with pytest.raises(ConfigurationError) as caught:
+        read_options(config.registry.settings)
+    assert str(caught.value) == f"{key!r} is not a setting of this middleware{end}"
 
 
 @pytest.mark.parametrize(
@@ -260,6 +286,16 @@ def test_command_names_the_sections_that_there_are(named: str, asked: str, said:
     ini.write_text(f"{PIPELINE.format(named)}\n[app:Shop]\npaste.app_factory = {__name__}:make_answer\n")
     done = command("create", f"{ini}{asked}")
     assert (done.exit_code, done.stderr) == (2, f"error: {ini}{asked} cannot be loaded: {said}\n")
+
+
+@pytest.mark.parametrize("port", ["80000", "65536", "-1", "http", "", "\N{SUPERSCRIPT TWO}"])
+def test_command_serves_on_no_other_port_than_the_one_that_is_written(port: str, tmp_path: Path) -> None:
+    ini = tmp_path / "shop.ini"
+    shop = f"[app:shop]\npaste.app_factory = {__name__}:make_answer\n"
+    ini.write_text(f"{PIPELINE.format('shop')}\n{shop}[server:main]\nport = {port}\n", "utf-8")
+    done = command("serve", str(ini))
+    said = f"error: port of [server:main] must be a whole number from 0 to 65535, got {port!r}.\n"
+    assert (done.exit_code, done.stderr) == (2, said)
 
 
 def test_command_passes_other_errors_of_an_ini_on(tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ from sqlalchemy import (
     literal_column,
     select,
     text,
+    union_all,
 )
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import DeclarativeBase, Mapped, joinedload, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, contains_eager, joinedload, mapped_column, relationship
 from webob import Response
 from webob.dec import wsgify
 from webob.exc import HTTPNotFound
@@ -239,6 +240,81 @@ def test_items_are_values_when_a_column_is_selected(scope: Any) -> None:
     assert keyed.items == page.items
     assert keyed.next is not None
     assert Request.blank("/").paginate_by_key(names, bookmark=keyed.next).items == ["cup~2\n\\"]
+
+
+JOINED = select(Cup).join(Cup.sips)
+
+
+def test_no_row_is_lost_when_the_statement_has_an_entity_twice(scope: Any) -> None:
+    """pallets-eco/flask-sqlalchemy#804, fedora-infra/bodhi#4130, galaxyproject/galaxy#16016."""
+    pages = [Request.blank("/").paginate(JOINED.order_by(Cup.id), page=number, per_page=4) for number in (1, 2, 3, 4)]
+    assert [ids(page) for page in pages] == [[1, 1, 2, 2], [3, 3, 4, 4], [5, 5, 6, 6], [7, 7]]
+    assert [page.has_next for page in pages] == [True, True, True, False]
+    assert {page.total for page in pages} == {2 * COUNT}
+    first = Request.blank("/").paginate_by_key(JOINED.order_by(Cup.id, Sip.id), per_page=3)
+    assert ids(first) == [1, 1, 2]
+    second = Request.blank("/").paginate_by_key(JOINED.order_by(Cup.id, Sip.id), per_page=3, bookmark=first.next)
+    assert ids(second) == [2, 3, 3]
+    with_sips = Request.blank("/").paginate(BY_ID.where(Cup.sips.any()), per_page=4)
+    assert (ids(with_sips), with_sips.total, with_sips.has_next) == ([1, 2, 3, 4], COUNT, True)
+
+
+@pytest.mark.parametrize("count", [True, False])
+@pytest.mark.parametrize("load", [joinedload, contains_eager])
+def test_next_page_is_not_lost_when_rows_are_merged(scope: Any, load: Any, count: bool) -> None:
+    statement = JOINED.options(load(Cup.sips)).order_by(Cup.id)
+    read = set()
+    for number in range(1, 2 * COUNT):
+        page = Request.blank("/").paginate(statement, page=number, per_page=2, count=count)
+        read |= set(ids(page))
+        assert page.total == (2 * COUNT if count else None)
+        if not page.has_next:
+            break
+    assert (sorted(read), number) == (ALL, COUNT)
+
+
+def test_equal_values_of_a_column_are_items_of_their_own(scope: Any) -> None:
+    names = select(Cup.name).order_by(Cup.id)
+    page = Request.blank("/").paginate(names, per_page=5)
+    assert (len(page.items), page.has_next, page.total) == (5, True, COUNT)
+    assert len(Request.blank("/").paginate(names, per_page=9).items) == COUNT
+
+
+def test_column_of_a_table_is_paged_by_its_key(scope: Any) -> None:
+    column = Cup.__table__.c.id
+    assert Request.blank("/").paginate_by_key(select(column).order_by(column), per_page=2).items == [1, 2]
+
+
+def test_items_of_a_union_have_numbers(scope: Any) -> None:
+    both: Any = union_all(select(Cup.id), select(Sip.id))
+    page = Request.blank("/").paginate(both.order_by("id"), per_page=2)
+    assert (page.items, page.total) == ([1, 1], 3 * COUNT)
+
+
+#: What is no statement, as those bring it along who know Flask-SQLAlchemy, and what the error calls it.
+NO_STATEMENTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a class": (lambda: Cup, "Cup"),
+    "a query": (lambda: session().query(Cup), "Query"),
+    "a list": (list, "list"),
+    "a text": (lambda: text("SELECT 1"), "TextClause"),
+}
+
+
+@pytest.mark.parametrize("method", ["paginate", "paginate_by_key"])
+@pytest.mark.parametrize("case", NO_STATEMENTS)
+def test_error_says_what_a_page_is_made_of(scope: Any, case: str, method: str) -> None:
+    make, name = NO_STATEMENTS[case]
+    with pytest.raises(TypeError) as caught:
+        getattr(Request.blank("/"), method)(make())
+    assert str(caught.value) == (
+        f"{method}() needs a select(), got {name}: pass a statement such as 'select(Guest).order_by(Guest.id)'."
+    )
+
+
+def test_union_has_no_bookmarks(scope: Any) -> None:
+    request: Any = Request.blank("/")
+    with pytest.raises(TypeError, match=r"^paginate_by_key\(\) needs a select\(\), got CompoundSelect: "):
+        request.paginate_by_key(union_all(select(Cup.id), select(Sip.id)))
 
 
 def test_numbers_are_left_out_when_there_are_many() -> None:

@@ -43,7 +43,10 @@ def list_documents() -> dict[str, Any]:
 @app.post("/documents")
 def add_document() -> tuple[dict[str, Any], int, dict[str, str]]:
     file = request.files["file"]  # Without one, Flask answers 400.
-    document = Document(name=secure_filename(file.filename or "")[:100], content=file.read())
+    name = secure_filename(file.filename or "")[:100]
+    if not name:
+        flask.abort(400, "The file has no name.")
+    document = Document(name=name, content=file.read())
     session.add(document)
     session.flush()  # This sets the id, and finds out whether the name is taken.
     database.background(count_words, document.id)  # It begins after the commit.

@@ -41,6 +41,8 @@ class Accounts:
 
     def authenticate(self, environ: WSGIEnvironment, identity: Mapping[str, str]) -> str | None:
         login, given = identity["login"], digest(identity["login"], identity["password"])
+        if not (0 < len(login) <= 40 and login.isprintable()):
+            return None
         account = session.get(Account, login) or Account(login=login, digest=given)
         session.add(account)
         return login if hmac.compare_digest(account.digest, given) else None
@@ -51,9 +53,9 @@ def notes(request: Request) -> Response:
     if request.remote_user is None:
         raise HTTPUnauthorized  # repoze.who asks for the password.
     if request.method == "POST":
-        text = request.POST.get("text") or ""
-        if not 0 < len(text) <= 200:
-            raise HTTPBadRequest("A note has 1 to 200 characters.")
+        text = request.POST.get("text")
+        if not (isinstance(text, str) and 0 < len(text) <= 200 and text.isprintable()):  # It may be a file.
+            raise HTTPBadRequest("A note has 1 to 200 characters, and one line.")
         session.add(Note(login=request.remote_user, text=text))
     visits = request.environ["beaker.session"]
     visits["count"] = visits.get("count", 0) + 1

@@ -31,8 +31,10 @@ def sell(request: Request) -> dict[str, Any]:
     dbsession: Session = request.dbsession
     try:
         name, pieces = str(request.json_body["product"]), int(request.json_body["pieces"])
-    except (KeyError, TypeError, ValueError):  # It may be no JSON at all.
+    except (KeyError, OverflowError, TypeError, ValueError):  # It may be no JSON at all.
         raise HTTPBadRequest("Send a product, and how many pieces of it.") from None
+    if not name.isprintable() or abs(pieces) > 1000:  # What no database can store.
+        raise HTTPBadRequest("There is no such product, or never so many.")
     dbsession.add(Sale(product=name[:40], pieces=pieces))
     product = dbsession.get(Product, name, with_for_update=True)
     if product is None or not 0 < pieces <= product.stock:

@@ -66,10 +66,11 @@ def _choose_address(settings: Mapping[str, str], host: str | None, port: int | N
     # Pyramid's ini files have "listen". waitress accepts it only without "host" and "port".
     if host is None and port is None and "listen" in settings:
         return {"listen": settings["listen"]}
-    return {
-        "host": host or settings.get("host", "127.0.0.1"),
-        "port": settings.get("port", 8080) if port is None else port,
-    }
+    written = settings.get("port", "8080").strip()
+    # The socket would take the rest of a division by 65536.
+    if port is None and not (written.isdecimal() and int(written) < 65536):
+        refuse(f"port of [server:main] must be a whole number from 0 to 65535, got {written!r}.")
+    return {"host": host or settings.get("host", "127.0.0.1"), "port": int(written) if port is None else port}
 
 
 def _run(server: Any) -> None:  # pragma: no cover  # in a process of its own

@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 from .._settings.ini import read_settings
 from .._settings.kinds import WHOLE, parse_setting
 from .._settings.options import OTHER_SETTINGS, SESSION_OPTIONS, STACKED
-from ..errors import ConfigurationError, shown
+from ..errors import ConfigurationError, nearest, shown
 from . import names
 
 __all__ = ["PREFIX", "Options", "read_options"]
@@ -26,7 +26,8 @@ SESSION_PREFIX = "session."
 #: What the tests of an application that is made by Pyramid's cookiecutter pass to ``main()``.
 ENGINE_OF_TESTS = "dbengine"
 #: In an ini file it is ``name``, which may be one of the application's own settings here.
-NAME = "sqlasession_middleware.name"
+OWN_PREFIX = "sqlasession_middleware."
+NAME = f"{OWN_PREFIX}name"
 _OTHERS = OTHER_SETTINGS.keys() - {"name"}
 #: pyramid_retry's.
 ATTEMPTS = 3
@@ -100,6 +101,11 @@ def _is_own(key: str) -> bool:
 
 def _refuse_misspelt(settings: Mapping[str, Any]) -> None:
     """Refuse keys that are nearly one of ours. ``session.`` is also the prefix of pyramid_beaker, for example."""
+    for key in settings:
+        if key.startswith(OWN_PREFIX) and key != NAME:
+            rest = key.removeprefix(OWN_PREFIX)
+            end = f"; did you mean {rest!r}?" if _is_own(rest) else nearest(key, [NAME])
+            raise ConfigurationError(repr(key), f"is not a setting of this middleware{end}")
     for prefix, known in ((SESSION_PREFIX, [*SESSION_OPTIONS]), ("tm.", [key[3:] for key in _TM_SETTINGS])):
         for key in settings:
             name = key.removeprefix(prefix)

@@ -69,7 +69,10 @@ class _Entry(NamedTuple):
 
 
 #: What others call the URL: Flask-SQLAlchemy, hosting services, TurboGears.
-_OTHERS_NAMES = dict.fromkeys(("sqlalchemy_database_uri", "database_url", "dburi", "uri"), "url")
+_OTHERS_NAMES = dict.fromkeys(
+    ("sqlalchemy_database_uri", "sqlalchemy_url", "database_url", "database_uri", "db.url", "dburi", "dsn", "uri"),
+    "url",
+)
 
 _Reader = Callable[[_Section, _Entry], None]
 

@@ -213,6 +213,8 @@ def test_documents_are_uploaded_counted_and_listed_by_the_json_api(tmp_path: Pat
         assert long[0] == 413
         assert "capacity limit" in long[1]["error"]
         assert exchange(server, "POST", "/documents")[0] == 400
+        nameless = exchange(server, "POST", "/documents", files={"file": ("../..", b"x")})
+        assert nameless == (400, {"error": "The file has no name."})
         for path in ("/documents/2", "/documents/99999999999999999999", "/documents?page=2", "/documents?page=x", "/"):
             status, answer = exchange(server, "GET", path)
             assert (status, list(answer)) == (404, ["error"])
@@ -226,10 +228,18 @@ def test_both_databases_are_written_or_neither(tmp_path: Path) -> None:
             ({"product": "tea", "pieces": 2}, 200),
             ({"product": "tea", "pieces": 9}, 409),
             ({"product": "milk", "pieces": 1}, 409),
+            ({"product": "tea", "pieces": -1}, 409),
             ({"product": "tea"}, 400),
+            ({"product": "tea", "pieces": 10**30}, 400),
+            ({"product": "tea\0", "pieces": 1}, 400),
+            ({"product": "\ud800", "pieces": 1}, 400),
+            ([], 400),
         ):
             answer = requests.post(f"http://127.0.0.1:{server.port}/sales", json=sent, timeout=PATIENCE)
             assert answer.status_code == status
+        for body in ('{"product": "tea", "pieces": 1e400}', '{"product": "tea", "pieces": NaN}', "tea"):
+            answer = requests.post(f"http://127.0.0.1:{server.port}/sales", data=body, timeout=PATIENCE)
+            assert answer.status_code == 400
         assert exchange(server, "GET", "/sales") == (200, {"stock": {"tea": 8}, "sold": {"tea": 2}})
         assert (server.folder / "audit.db").exists()
     assert not re.search("Traceback|Error", server.log.read_text(errors="replace"))
@@ -244,6 +254,10 @@ def test_pipeline_finds_accounts_before_the_application_is_called(tmp_path: Path
         assert browser.post(url, {"text": "Hello"}, auth=ada, timeout=PATIENCE).text == "ada, visit 2\nHello\n"
         assert browser.get(url, auth=("ada", "guessed"), timeout=PATIENCE).status_code == 401
         assert browser.post(url, {"text": ""}, auth=("bea", "x"), timeout=PATIENCE).status_code == 400
+        for sent in ({"data": {"text": "a\0b"}}, {"files": {"text": ("a", b"b")}}, {"json": {"text": "a"}}):
+            assert browser.post(url, auth=ada, timeout=PATIENCE, **sent).status_code == 400
+        for login in ("", "a" * 41, "a\0"):
+            assert browser.get(url, auth=(login, "x"), timeout=PATIENCE).status_code == 401
         assert browser.get(url, auth=ada, timeout=PATIENCE).text == "ada, visit 3\nHello\n"
     assert not re.search("Traceback|Error", server.log.read_text(errors="replace"))
 
