@@ -15,8 +15,8 @@ from .mysql import MySQLDriver, number_of
 __all__ = ["MariaDBConnector"]
 
 #: Cursors whose rows have ended with an error that was raised here. An error and its frames lead to each other, and to
-#: the cursor. Of a cursor that the garbage collector takes, the driver (1.1.14) releases the connection twice, which ends
-#: the process at some later time. So they are kept until nothing else leads to them.
+#: the cursor. Of a cursor that the garbage collector takes, the driver (1.1.14) releases the connection twice, which
+#: ends the process at some later time. So they are kept until nothing else leads to them.
 _failed: Final[deque[Any]] = deque()
 
 
