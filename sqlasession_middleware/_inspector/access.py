@@ -120,8 +120,12 @@ class Access:
                 return IPv6Address(bracketed[1]) in addresses
             except ValueError:
                 return False
-        # With an empty list, all are trusted.
-        return bool(names) and re.fullmatch(r"[\w.-]+(:\d{1,5})?", host) is not None and host_is_trusted(host, names)
+        # With an empty list, all are trusted. Older versions of Werkzeug take letters of full width for plain ones.
+        return (
+            bool(names)
+            and re.fullmatch(r"[\w.-]+(:\d{1,5})?", host, re.ASCII) is not None
+            and host_is_trusted(host, names)
+        )
 
 
 def _is_forwarded(environ: WSGIEnvironment) -> bool:
