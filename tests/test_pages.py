@@ -29,14 +29,17 @@ from sqlalchemy import (
     text,
     union_all,
 )
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, contains_eager, joinedload, mapped_column, relationship
+from sqlalchemy.types import UserDefinedType
 from webob import Response
 from webob.dec import wsgify
 from webob.exc import HTTPNotFound
 from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, session
+from sqlasession_middleware._database.values import check_value
 from sqlasession_middleware.pages import KeysetPage, Page
 from sqlasession_middleware.request import DatabaseRequest, Request
 from sqlasession_middleware.testing import assert_queries
@@ -492,3 +495,15 @@ def test_framework_answers_404_when_there_is_no_such_page(app: SQLASessionMiddle
             ("/keys?bookmark=x", 404),
         ):
             assert Client(database).get(path, buffered=True).status_code == status
+
+
+def test_value_of_a_type_that_tells_none_in_python_is_left_alone() -> None:
+    class Own(UserDefinedType[Any]):
+        cache_ok = True
+
+        @property
+        def python_type(self) -> type[Any]:
+            raise NotImplementedError
+
+    value = object()
+    assert check_value(value, Own(), sqlite.dialect()) is value

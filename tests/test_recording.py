@@ -580,3 +580,11 @@ def test_engines_with_one_dialect_are_timed_once(make: Any) -> None:
     record, _ = ask(other, write)
     assert [each.kind for each in record.ends][:1] == ["commit"]
     assert record.outcome == "committed"
+
+
+def test_stack_of_a_thread_with_few_calls_is_taken() -> None:
+    taken: list[Any] = []
+    thread = threading.Thread(target=lambda: taken.append(take_statement_stack()))
+    thread.start()
+    thread.join()
+    assert len(taken[0]) >= 1

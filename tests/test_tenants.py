@@ -484,7 +484,8 @@ class TestSchemaEach:
                 session.connection()
                 assert session.scalars(text("SHOW search_path")).all() == ["public"]
 
-    def test_setting_the_tenant_is_a_part_of_begin(self, schemas: Any) -> None:
+    @pytest.mark.parametrize("lazy_begin", [None, False])
+    def test_setting_the_tenant_is_a_part_of_begin(self, schemas: Any, lazy_begin: bool | None) -> None:
         """It is no statement of the request's own, as BEGIN is none."""
         seen: list[Any] = []
 
@@ -492,7 +493,7 @@ class TestSchemaEach:
             seen.append(environ["sqlasession.record"])
             return list(read(environ, start))
 
-        tenants = schemas(app, slow_requests={"seconds": 60})
+        tenants = schemas(app, slow_requests={"seconds": 60}, lazy_begin=lazy_begin)
         with assert_queries(1):
             ask(tenants, "acme")
         assert (seen[0].count, seen[0].tenant) == (1, "acme")
