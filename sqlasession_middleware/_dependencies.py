@@ -63,6 +63,7 @@ __all__ = [
     "known_records",
     "max_overflow",
     "open_connections_of",
+    "origins_of",
     "outdate_connections",
     "ping",
     "reinitialize_lock",
@@ -160,11 +161,19 @@ def max_overflow(pool: QueuePool) -> int:
     return pool._max_overflow
 
 
-def root_engine(engine: Engine) -> Engine:
-    """The engine that ``execution_options()`` has made another one of, or the engine itself.
+def origins_of(engine: Engine) -> Iterator[Engine]:
+    """The engine itself, and those that ``execution_options()`` has made it of, the first of them last.
 
     They share the pool and the dialect, and with them most listeners. Nothing public leads from one to the other.
     """
+    origin: Engine | None = engine
+    while origin is not None:
+        yield origin
+        origin = getattr(origin, "_proxied", None)
+
+
+def root_engine(engine: Engine) -> Engine:
+    """The last of :func:`origins_of`."""
     while (proxied := getattr(engine, "_proxied", None)) is not None:
         engine = proxied
     return engine

@@ -215,7 +215,7 @@ class SQLASessionMiddleware:
                 problem = "cannot be used with replicas: no replica can prepare a transaction."
                 raise ConfigurationError("session_options", problem, "twophase")
             cookie = ReadYourWritesCookie(self._source.url, read_your_writes)
-            balanced = Replicas(read_replicas(replicas, self._source, engine_options), cookie, replica_retry)
+            balanced = Replicas(read_replicas(replicas, self._source, engine_options, replica_retry), cookie)
             self._new_scope = RoutedScope
         self.routing = Routing(self._source, sources, balanced)
 
@@ -457,9 +457,9 @@ class SQLASessionMiddleware:
 
         :param derive: is called with each Session class of the application, and returns the class to use instead.
         """
-        engine = self._source.engine
         routing = self.routing
         if routing is None:
+            engine = self._source.session_engine
             session_class = session_class_for([engine.dialect], self._session_class)
             return checking(partial(derive(session_class), bind=engine, **self._session_options))
         return checking(session_maker(routing, self._session_class, self._session_options, derive))
@@ -491,7 +491,7 @@ class SQLASessionMiddleware:
     def _placed_tables(self) -> list[tuple[Engine, TablesOf]]:
         routing = self.routing or Routing(self._source, {}, None)
         return [
-            (routing.engine_of(key, "a table of the metadata"), tables)
+            (routing.source_of(key, "a table of the metadata").engine, tables)
             for key, tables in tables_by_key(self.collections)
         ]
 

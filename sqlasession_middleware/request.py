@@ -246,7 +246,7 @@ class DatabaseRequest:
         routing = getattr(owner, "routing", None)
         engine = owner.database_engine
         if routing is not None and entity is not None:
-            engine = routing.engine_of(key_of_mapper(entity), entity.__name__)
+            engine = routing.source_of(key_of_mapper(entity), entity.__name__).engine
         return engine.dialect
 
 

@@ -22,8 +22,8 @@ from sqlalchemy.pool import Pool
 from sqlalchemy.util import immutabledict
 
 from ._database.observers import commits_each_statement
-from ._database.read_only import read_only_engines
-from ._database.reads import BEGINS
+from ._database.read_only import is_read_only
+from ._database.reads import BEGINS, without_first
 from ._lifecycle.background import BackgroundThreads, call_logged
 from ._recording.blocks import recorded
 from ._recording.repeats import find_repeats
@@ -98,7 +98,7 @@ class _IsolatedSession(Session):
         bind = (bind_arguments or {}).get("bind")
         if bind is not None:
             bind_arguments = {**bind_arguments, "bind": self._isolated_by.isolate(self, bind)}
-            if isinstance(bind, Engine) and bind in read_only_engines:
+            if isinstance(bind, Engine) and is_read_only(bind):
                 # Bypasses RoutingSession.connection(), which treats any use of a primary's connection as a write.
                 return Session.connection(self, bind_arguments, options or None)
         return super().connection(bind_arguments=bind_arguments, execution_options=options or None)
@@ -141,7 +141,7 @@ class _IsolatedSessionMaker:
     def isolate(self, session: Session, bind: Any) -> Any:
         """Return the isolation's connection to an engine, for a Session. Any other bind is returned unchanged."""
         if isinstance(bind, Engine):
-            bind = self._connection(self._default if bind in read_only_engines else bind)
+            bind = self._connection(self._default if is_read_only(bind) else without_first(bind))
         elif isinstance(bind, IsolatedConnection):
             self._isolation.nest(bind)
         if isinstance(bind, IsolatedConnection):

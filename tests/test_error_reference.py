@@ -971,7 +971,7 @@ WRONG_TENANTS: dict[str, str] = {
     "… must have {tenant} in its database or user, or differ by 'schema' or 'set_local'.": "no place",
     "… may have {tenant} in its database and its user, and nowhere else.": "place in the host",
     "… cannot have {tenant} or be a callable together with 'schema' or 'set_local', which share a pool.": "both",
-    "… cannot be used where all tenants share a pool: give each its own, with {tenant} in 'bind'.": "replicas",
+    "… must be on a server of the same kind as 'bind'.": "replica of another server",
     "… cannot be used together with 'schema' or 'set_local', which are set when a transaction begins.": "twophase",
     "… is for PostgreSQL only: give each tenant a schema or a database.": "no PostgreSQL",
     "… must be {tenant} with letters a to z, digits, '-' or '_' around it, got …": "schema with a quote",

@@ -204,6 +204,12 @@ STAYING = {
     "explicit replica": lambda: session.execute(
         text("SELECT 1"), bind_arguments={"bind": application.engines["replicas[0]"]}
     ),
+    "explicit replica with options": lambda: session.execute(
+        text("SELECT 1"), bind_arguments={"bind": application.engines["replicas[0]"].execution_options(foo=1)}
+    ),
+    "connection of a replica with options": lambda: session.connection(
+        {"bind": application.engines["replicas[0]"].execution_options(foo=1)}
+    ),
 }
 
 
@@ -649,7 +655,7 @@ def test_replica_out_of_reach_is_passed_over_and_tried_again_later(make, caplog)
     ]
     broken.clear()
     assert {ask(app)[0] for _ in range(20)} == {"two"}  # It is not time yet.
-    app.routing.replicas._replicas[0].passed_over_until = 0.001
+    app.routing.replicas.members[0].passed_over_until = 0.001
     assert {ask(app)[0] for _ in range(40)} == {"one", "two"}
     assert "is reachable again" in caplog.text
 
@@ -692,7 +698,7 @@ def test_replica_that_does_not_answer_when_it_is_asked_how_far_it_is(driver):
     with app.engine.connect() as connection:
         connection.execute(text("SELECT pg_terminate_backend(:number, 5000)"), {"number": number})
     assert ask(app, cookie=f"{app.routing.replicas.cookie.name}=1.1")[0] == "1"
-    assert app.routing.replicas._replicas[0].passed_over_until
+    assert app.routing.replicas.members[0].passed_over_until
     app.dispose()
 
 

@@ -783,7 +783,7 @@ def test_other_databases_are_those_of_all(schemas: Any, tmp_path: Path) -> None:
 
 
 def test_bind_on_a_standby_is_the_tenants(schemas: Any, postgresql: str) -> None:
-    """In place of replicas, which a shared pool cannot have: another engine on which the tenant is set as well."""
+    """An engine that the application asks itself: the tenant is set there as well."""
     app = schemas(binds={"standby": postgresql})
     statements = (select(Note.owner), text("SELECT owner FROM tenant_note"))
     for name in NAMES:
@@ -1239,9 +1239,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no setting": ({"bind": "sqlite://", "set_local": {"a b": "x"}}, "set_local must have names of PostgreSQL's"),
     "percent": ({"bind": "sqlite://", "set_local": {"a": "%"}}, "set_local['a'] must be a text without '%'"),
     "no PostgreSQL": ({"bind": "sqlite://", "set_local": {"a.b": "x"}}, "set_local is for PostgreSQL only"),
-    "replicas": (
-        {"bind": "postgresql+psycopg:///a", "schema": "{tenant}", "replicas": ["postgresql+psycopg:///b"]},
-        "replicas cannot be used where all tenants share a pool",
+    "one of the replicas": (
+        {"bind": "postgresql+psycopg:///a", "schema": "{tenant}", "replicas": ["postgresql+psycopg:///{tenant}"]},
+        "replicas[0] cannot have {tenant} or be a callable together with 'schema' or 'set_local', which share a pool.",
+    ),
+    "replica of another server": (
+        {"bind": "postgresql+psycopg:///a", "schema": "{tenant}", "replicas": ["sqlite:///a.db"]},
+        "replicas[0] must be on a server of the same kind as 'bind'.",
     ),
     "twophase": (
         {"bind": "postgresql+psycopg:///a", "schema": "{tenant}", "session_options": {"twophase": True}},

@@ -28,7 +28,7 @@ from ..errors import BreakerOpenError, DeadlineError
 from ..failures import Failure, classify
 from .forks import after_fork, fork_safe_lock
 from .observers import engines_of, note_failure
-from .read_only import read_only_engines
+from .read_only import is_read_only
 from .replaced_errors import causes_of
 from .secrets import shown_url, without_secrets
 
@@ -228,7 +228,7 @@ def guard(owner: Any, failures: int, seconds: float) -> None:
     """
     shared: dict[str, Breaker] | None = getattr(owner, "breakers", None)
     for engine in map(root_engine, engines_of(owner)):
-        if engine not in read_only_engines and _registered(engine) is None:
+        if not is_read_only(engine) and _registered(engine) is None:
             with _lock:
                 if _registered(engine) is None:  # pragma: no branch  # another thread may have been faster
                     _guard(engine, failures, seconds, shared)

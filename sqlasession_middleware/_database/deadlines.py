@@ -36,7 +36,7 @@ from .forks import fork_safe_lock
 from .liveness import ping_in_checkout
 from .observers import engines_of, note_late
 from .pool import limit_pool
-from .read_only import read_only_engines
+from .read_only import is_read_only
 from .watchdog import Watch, end_watch, watch, watch_of
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ class _Waits:
         if deadline is None:
             return None
         left = deadline - now()
-        if self._engine() in read_only_engines:
+        engine = self._engine()
+        if engine is not None and is_read_only(engine):
             left /= 2  # Another one, or the primary, may answer.
         options = self._driver.share_time(options, left)
         return _Attempt(partial(self._connect, dialect, record, arguments, options)).wait(left)

@@ -29,7 +29,7 @@ from ..errors import DeadlineError
 from ..failures import Failure, ObservedFailure, classify
 from .catcher import is_in_one_application
 from .forks import fork_safe_lock
-from .read_only import is_refusal, read_only_engines
+from .read_only import is_read_only, is_refusal
 from .recovery import expect_recovery, note_answer
 from .replaced_errors import mark_observed
 
@@ -84,7 +84,7 @@ def observe_commits(owner: Application) -> None:
     which is what the count is for.
     """
     for engine in map(root_engine, engines_of(owner)):
-        if engine not in _observed_for_commits and engine not in read_only_engines:
+        if engine not in _observed_for_commits and not is_read_only(engine):
             event.listen(engine, "begin", _count_autocommit)
             event.listen(engine, "commit", _count_engine_commit)
             event.listen(engine, "commit_twophase", _count_twophase_commit)

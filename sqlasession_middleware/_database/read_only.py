@@ -7,15 +7,16 @@ from weakref import WeakSet
 
 from sqlalchemy import Engine
 
+from .._dependencies import origins_of
 from .._drivers.registry import driver_of
 from .replaced_errors import driver_error_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
 
-__all__ = ["explain_refusal", "is_explained", "is_refusal", "read_only_engines"]
+__all__ = ["explain_refusal", "is_explained", "is_read_only", "is_refusal", "note_read_only"]
 
-read_only_engines: WeakSet[Engine] = WeakSet()
+_read_only: WeakSet[Engine] = WeakSet()
 
 _EXPLANATION = (
     "This statement was sent to a replica, because it does not look like a write:"
@@ -23,9 +24,20 @@ _EXPLANATION = (
 )
 
 
+def note_read_only(engine: Engine) -> None:
+    """Note that nothing is written to an engine, nor to those that are made of it by ``execution_options()``."""
+    _read_only.add(engine)
+
+
+def is_read_only(engine: Engine) -> bool:
+    """Whether nothing is written to an engine."""
+    return bool(_read_only) and any(origin in _read_only for origin in origins_of(engine))
+
+
 def is_refusal(context: ExceptionContext) -> bool:
     """Whether an error is the refusal of a replica to write: a mistake of the application, not an outage."""
-    return context.engine in read_only_engines and driver_of(context).refuses_write(context.original_exception)
+    engine = context.engine
+    return engine is not None and is_read_only(engine) and driver_of(context).refuses_write(context.original_exception)
 
 
 def explain_refusal(context: ExceptionContext) -> None:

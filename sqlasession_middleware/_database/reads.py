@@ -15,7 +15,7 @@ from weakref import ref
 
 from sqlalchemy import event
 
-from .._dependencies import call_first, is_server_side
+from .._dependencies import call_first, is_server_side, origins_of
 from .._drivers.registry import driver_of
 from .plain_reads import Reading, judge
 
@@ -37,6 +37,7 @@ __all__ = [
     "note_rows",
     "was_handed_out",
     "watch_reads",
+    "without_first",
 ]
 
 #: The execution option of a statement that is a part of BEGIN: it sets something for the transaction that begins now.
@@ -117,6 +118,11 @@ def note_first(connection: Connection, is_due: bool) -> None:
 def is_first_due(connection: Connection) -> bool:
     """Whether what a transaction has to begin with is still to be sent in it."""
     return getattr(connection, _FIRST_IS_DUE, False)
+
+
+def without_first(engine: Engine) -> Engine:
+    """The engine that was given :data:`FIRST`, or an engine itself that has no such option."""
+    return next(origin for origin in origins_of(engine) if FIRST not in origin.get_execution_options())
 
 
 def note_locked(connection: Connection) -> None:

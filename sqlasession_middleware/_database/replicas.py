@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Engine, event
 from sqlalchemy.orm import Session
 
-from .._dependencies import call_first
+from .._dependencies import call_first, origins_of
 from .._drivers.registry import driver_by_dialect, driver_of, server_of_url
 from .._scope.deadline import half_of_deadline
 from .._scope.scope import Scope, current
@@ -24,7 +24,7 @@ from ..failures import Failure, classify
 from .breaker import Breaker, ask_server, forget_connections, register
 from .cookie import LastWrite, ReadYourWritesCookie
 from .engines import EngineSource, read_source
-from .read_only import explain_refusal, read_only_engines
+from .read_only import explain_refusal, note_read_only
 from .replaced_errors import driver_error_of
 
 if TYPE_CHECKING:
@@ -40,11 +40,15 @@ _OUT_OF_REACH = (Failure.UNAVAILABLE, Failure.LOST)
 CONNECT_TIMEOUT = 3
 
 
-def read_replicas(replicas: Any, primary: EngineSource, engine_options: Mapping[str, Any] | None) -> list[EngineSource]:
-    """The sources of the replicas' engines. They inherit the options of the primary, unless they have their own.
+def read_replicas(
+    replicas: Any, primary: EngineSource, engine_options: Mapping[str, Any] | None, retry: float
+) -> list[Replica]:
+    """The replicas of an application. They inherit the options of the primary, unless they have their own.
 
+    :param replicas: one of them may be a :class:`Replica`, where the library itself has made it before.
     :param primary: the source of the primary's engine.
     :param engine_options: the options of the primary.
+    :param retry: seconds after which a replica that was out of reach is tried again.
     :raises ConfigurationError: if a replica is wrong.
     """
     if isinstance(replicas, str | Mapping) or not isinstance(replicas, Collection):
@@ -54,15 +58,18 @@ def read_replicas(replicas: Any, primary: EngineSource, engine_options: Mapping[
     if level == "SERIALIZABLE" and not server_of_url(primary.url).serializable_on_replicas:
         # A hot standby refuses it (PostgreSQL's "Hot Standby", Caveats), and MySQL would lock the rows that are read.
         inherited["isolation_level"] = "REPEATABLE READ"
-    sources = []
+    found = []
     for number, given in enumerate(replicas):
+        if isinstance(given, Replica):
+            found.append(given)
+            continue
         if isinstance(given, Engine) and primary.given and given is primary.engine:
             problem = "is the Engine of 'bind' itself: give a URL, or another Engine."
             raise ConfigurationError(f"replicas[{number}]", problem)
         source = read_source(f"replicas[{number}]", given, inherited)
         source.connect_timeout = CONNECT_TIMEOUT
-        sources.append(source)
-    return sources
+        found.append(Replica(source, retry))
+    return found
 
 
 class Replica:
@@ -76,31 +83,45 @@ class Replica:
         self._retry = retry
         #: open while it is passed over
         self.breaker = Breaker(1, retry, self._note_outage, self._note_end_of_outage)
-        #: its engine, if it was created
-        self._engine: Engine | None = None
+        self._is_prepared = False
         # The position that it has replayed. A new connection resets it: a restarted standby may have fallen behind.
         self._replayed = 0
-        #: the number of connections that were made
-        self.connects = 0
+        self._connects = 0
 
-    @property
-    def engine(self) -> Engine:
-        """Its engine, created at first use."""
-        if self._engine is None:
+    def prepare(self) -> None:
+        """Create its engine and listen to it, once."""
+        if not self._is_prepared:
             engine = self.source.engine
-            read_only_engines.add(engine)
+            note_read_only(engine)
             event.listen(engine, "connect", self._note_connect)
             event.listen(engine, "handle_error", explain_refusal)
             call_first(engine, explain_refusal)
             if not self.source.given:
                 event.listen(engine, "connect", self._make_read_only)
             register(engine, self.breaker)
-            self._engine = engine
-        return self._engine
+            self._is_prepared = True
+
+    @property
+    def engine(self) -> Engine:
+        """Its engine, created at first use."""
+        self.prepare()
+        return self.source.engine
+
+    @property
+    def session_engine(self) -> Engine:
+        """The same for Sessions."""
+        self.prepare()
+        return self.source.session_engine
+
+    @property
+    def connects(self) -> int:
+        """The number of connections that were made."""
+        return self._connects
 
     def is_engine(self, engine: Engine) -> bool:
-        """Whether ``engine`` is this replica's. Does not create one."""
-        return self._engine is engine
+        """Whether ``engine`` is this replica's, or was made of it by ``execution_options()``. Does not create one."""
+        own = self.source.created
+        return own is not None and own in origins_of(engine)
 
     @property
     def passed_over_until(self) -> float:
@@ -112,7 +133,7 @@ class Replica:
         self.breaker.open_until = moment
 
     def _note_outage(self, error: BaseException) -> None:
-        forget_connections(self._engine, error)
+        forget_connections(self.source.created, error)
         said = self.source.without_secrets(str(error))
         logger.warning("The replica %r is out of reach, and is tried again after %s s: %s", self, self._retry, said)
 
@@ -152,7 +173,7 @@ class Replica:
         return replayed
 
     def _note_connect(self, driver_connection: Any, record: Any) -> None:
-        self.connects += 1
+        self._connects += 1
         self._replayed = 0
 
     def _make_read_only(self, driver_connection: Any, record: Any) -> None:
@@ -165,29 +186,28 @@ class Replica:
 class Replicas:
     """The replicas of one application.
 
-    :param sources: of their engines.
+    :param members: each of them.
     :param cookie: tells what a client has written.
-    :param retry: seconds after which a replica that was out of reach is tried again.
     """
 
-    def __init__(self, sources: Sequence[EngineSource], cookie: ReadYourWritesCookie, retry: float) -> None:
-        self._replicas = [Replica(source, retry) for source in sources]
+    def __init__(self, members: Sequence[Replica], cookie: ReadYourWritesCookie) -> None:
+        self.members = members
         self.cookie = cookie
 
     def has(self, bind: Connection | Engine) -> bool:
         """Whether a connection or engine is one of theirs. A replica here may be the primary of another application."""
         engine = bind.engine
-        return any(replica.is_engine(engine) for replica in self._replicas)
+        return any(replica.is_engine(engine) for replica in self.members)
 
     @property
     def engines(self) -> list[Engine]:
         """Their engines."""
-        return [replica.engine for replica in self._replicas]
+        return [replica.engine for replica in self.members]
 
     @property
     def sources(self) -> list[EngineSource]:
         """The sources of their engines."""
-        return [replica.source for replica in self._replicas]
+        return [replica.source for replica in self.members]
 
     def connect(self, session: Session, last_write: LastWrite | None, preferred: Replica | None) -> Replica | None:
         """Connect a Session to a replica that has the client's own writes.
@@ -224,7 +244,7 @@ class Replicas:
             if last_write is not None and not replica.has(last_write, self.cookie):
                 return False
             connects = replica.connects
-            session.connection(bind_arguments={"bind": replica.engine})
+            session.connection(bind_arguments={"bind": replica.session_engine})
             # A standby that has been restarted since may be behind what it had.
             return last_write is None or connects == replica.connects or replica.has(last_write, self.cookie)
         except Exception as error:  # The driver's own errors as well: Replica.has() asks the driver directly.
@@ -238,7 +258,7 @@ class Replicas:
 
     def _candidates(self, preferred: Replica | None) -> list[Replica]:
         """The replicas: the preferred one, then the others in random order."""
-        order = random.sample(self._replicas, len(self._replicas))
+        order = random.sample(self.members, len(self.members))
         if preferred is not None:
             order.sort(key=lambda replica: replica is not preferred)
         return order

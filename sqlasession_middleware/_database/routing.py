@@ -11,7 +11,12 @@ from .binds import DEFAULT, unknown_bind_key
 from .engines import EngineSource
 from .replicas import Replicas
 
-__all__ = ["Routing"]
+__all__ = ["Routing", "replica_name"]
+
+
+def replica_name(number: int) -> str:
+    """The name of a replica in ``app.engines``."""
+    return f"replicas[{number}]"
 
 
 class Routing:
@@ -29,22 +34,22 @@ class Routing:
         #: bind keys by mapper. Cached, because they do not change and most statements have a mapper.
         self.keys: dict[Any, str | None] = {}
 
-    def engine_of(self, key: str | None, what: object) -> Engine:
-        """The engine of a bind key.
+    def source_of(self, key: str | None, what: object) -> EngineSource:
+        """What the engine of a bind key is made of.
 
         :param what: the table, mapper or argument that has the key, for the error.
         :raises UnboundExecutionError: if there is no such key.
         """
         if key is None or key == DEFAULT:
-            return self._default.engine
+            return self._default
         if key not in self.binds:
             raise unknown_bind_key(key, self.binds, what)
-        return self.binds[key].engine
+        return self.binds[key]
 
     def sources(self) -> dict[str, EngineSource]:
         """The sources of all engines by name, but the default one."""
         replicas = () if self.replicas is None else self.replicas.sources
-        return {**self.binds, **{f"replicas[{number}]": source for number, source in enumerate(replicas)}}
+        return {**self.binds, **{replica_name(number): source for number, source in enumerate(replicas)}}
 
     def dispose(self) -> None:
         """Close the idle connections of all engines but the default one."""
@@ -55,5 +60,5 @@ class Routing:
         """All engines by name: ``"default"``, the bind keys, and ``"replicas[0]"`` and so on."""
         engines = {DEFAULT: self._default.engine, **{key: source.engine for key, source in self.binds.items()}}
         for number, engine in enumerate(self.replicas.engines if self.replicas is not None else ()):
-            engines[f"replicas[{number}]"] = engine
+            engines[replica_name(number)] = engine
         return engines

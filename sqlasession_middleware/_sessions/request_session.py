@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from .._database.lazy_begin import begin_now
 from .._database.observers import enclosing_transactions
-from .._database.read_only import read_only_engines
+from .._database.read_only import is_read_only
 from .._database.reads import note_handed_out
 from .._drivers.registry import driver_by_dialect
 from .._scope.scope import Scope, current
@@ -70,7 +70,7 @@ class RequestSession(Session):
     ) -> Connection:
         """The Session's connection. What is done with it, or with the driver's, is not seen."""
         connection = super().connection(bind_arguments, execution_options)  # type: ignore[arg-type]  # a dict, in SQLAlchemy
-        if connection.engine not in read_only_engines:  # The library itself connects to replicas by this method.
+        if not is_read_only(connection.engine):  # The library itself connects to replicas by this method.
             note_handed_out(connection)
             begin_now(connection)
         return connection
@@ -124,7 +124,7 @@ def _count_session_commit(session: Session) -> None:
         return  # The release of a savepoint commits nothing.
     transactions = list(enclosing_transactions())
     held = open_connections(session) if transactions else []
-    if held and all(connection.engine in read_only_engines for connection in held):
+    if held and all(is_read_only(connection.engine) for connection in held):
         return
     for transaction in transactions:
         transaction.commits += 1

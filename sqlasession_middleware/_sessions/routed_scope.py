@@ -45,8 +45,13 @@ class Route:
         replica = replicas.connect(session, self.last_write, self._replica)
         if replica is not None:
             self._replica = replica
-        self.engine = session.bind if replica is None else replica.engine
+        self.engine = session.bind if replica is None else replica.session_engine
         self.transaction = session.get_transaction()
+
+    def end(self, session: Session) -> None:
+        """Read from the primary until the next transaction: that on the replica has ended, with what was set in it."""
+        if self.transaction is session.get_transaction():
+            self.engine = session.bind
 
 
 class RoutedScope(Scope):

@@ -43,7 +43,7 @@ def session_maker(
     """
     engines = routing.all_engines()
     dialects = {engine.dialect for engine in engines.values()}
-    bound = {"bind": engines[DEFAULT], **options}
+    bound = {"bind": routing.source_of(DEFAULT, "").session_engine, **options}
     base = session_class_for(dialects, session_class, BindsSession if routing.replicas is None else RoutingSession)
     # A class of this application alone, so its sessions need no per-instance setup.
     known = {"_routing": routing, "_has_choice": session_class.get_bind is not Session.get_bind}
@@ -92,7 +92,7 @@ class BindsSession(RequestSession):
             return bind
         routing = self._routing
         if bind_key is not None:
-            return routing.engine_of(bind_key, "bind_arguments")
+            return routing.source_of(bind_key, "bind_arguments").session_engine
         if mapper is None:
             key = key_of_statement(clause)
         elif mapper in routing.keys:
@@ -100,7 +100,7 @@ class BindsSession(RequestSession):
         else:
             key = routing.keys[mapper] = key_of_mapper(mapper)
         if key is not None:
-            return routing.engine_of(key, clause if mapper is None else mapper)
+            return routing.source_of(key, clause if mapper is None else mapper).session_engine
         return super().get_bind(mapper, clause=clause, **more) if self._has_choice else self.bind
 
     def bind_mapper(self, *arguments: Any, **more: Any) -> None:
@@ -140,7 +140,7 @@ class RoutingSession(PrimarySession, BindsSession):
         routing = self._routing
         replicas: Any = routing.replicas
         if bind is None and bind_key is not None:
-            bind = routing.engine_of(bind_key, "bind_arguments")
+            bind = routing.source_of(bind_key, "bind_arguments").session_engine
         if bind is not None:
             return self.__explicit_bind(bind, clause)
         default = self.bind
@@ -188,7 +188,7 @@ class RoutingSession(PrimarySession, BindsSession):
 
     def __find_route(self, replicas: Replicas) -> Route | None:
         home = self._home
-        if home is not None and home.session is self and self.bind is self._routing.engine_of(None, ""):
+        if home is not None and home.session is self and self.bind is self._routing.source_of(None, "").session_engine:
             self.__route = home.find_route(replicas)
             self._may_have_written = not home.is_safe()
         return self.__route
@@ -201,8 +201,11 @@ def _end_reading(session: Session) -> None:
     if home is not None and not session.in_nested_transaction():
         replicas = home.owner.routing.replicas
         for connection in open_connections(session):
-            if replicas.has(connection) and driver_by_dialect[type(connection.dialect)].server.is_networked:
+            driver = driver_by_dialect[type(connection.dialect)]
+            if replicas.has(connection) and driver.server.is_networked and not driver.is_idle(connection):
                 connection.exec_driver_sql("ROLLBACK")
+        if home.route is not None:
+            home.route.end(session)
 
 
 @event.listens_for(PrimarySession, "after_commit")
@@ -214,12 +217,11 @@ def _note_written(session: Session) -> None:
     is_own = home is not None and home.session is session
     if isinstance(session, RoutingSession) and home is not None and home.is_safe():
         session._may_have_written = False
-    bind: Any = session.bind
+    pool = None if session.bind is None else session.bind.engine.pool
     for scope in outwards(home if is_own else current.get(None)):
         # Once the head has left, the client was told already that something may have been written.
-        if isinstance(scope, RoutedScope) and scope.owner.database_engine is bind and scope.headers is None:
-            # Compared by pool: an Engine with execution options is another object.
-            pool = bind.engine.pool
+        # Compared by pool: an Engine with execution options is another object.
+        if isinstance(scope, RoutedScope) and scope.owner.database_engine.pool is pool and scope.headers is None:
             primary = [connection for connection in open_connections(session) if connection.engine.pool is pool]
             if primary:
                 driver = driver_by_dialect[type(primary[0].dialect)]

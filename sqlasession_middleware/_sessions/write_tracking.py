@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from .._database.read_only import read_only_engines
+from .._database.read_only import is_read_only
 from .._database.reads import note_locked, note_rows
 from .._dependencies import call_first, is_server_side
 from .._drivers.registry import driver_of
@@ -53,7 +53,7 @@ class WriteTrackingSession(RequestSession):
     def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
         """The Session's connection. SQLAlchemy does not call ``get_bind()`` if ``bind_arguments`` name the bind."""
         bind = (bind_arguments or {}).get("bind")
-        if bind is not None and bind.engine not in read_only_engines:
+        if bind is not None and not is_read_only(bind.engine):
             self._written = self.get_transaction() or self._NEXT
         return super().connection(bind_arguments, execution_options)
 

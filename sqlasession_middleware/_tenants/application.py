@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache, cached_property, partial
+from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .._database.schema import create_schema
 from .._scope.scope import ENDED, Scope
 from ..middleware import SQLASessionMiddleware
-from .binds import TenantSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from _typeshed.wsgi import WSGIApplication
-    from sqlalchemy.orm import Session
 
     from .._database.breaker import Breaker
     from .._lifecycle.background import BackgroundThreads
@@ -107,15 +103,6 @@ class TenantApplication(SQLASessionMiddleware):
         """Close the idle connections. Nothing is waited for."""
         for source in self._sources():
             source.dispose()
-
-    @cached_property
-    def new_session(self) -> Callable[..., Session]:
-        """Create a Session outside of any scope, as that of the base class."""
-        source = self._source
-        if self.routing is not None or not isinstance(source, TenantSource):
-            return self._session_maker()
-        # Not in isolated(), which has connections of its own.
-        return partial(self._session_maker(), bind=source.session_engine)
 
     def create_schema(self) -> None:
         """Create the tenant's schema, where it has one and it does not exist yet."""

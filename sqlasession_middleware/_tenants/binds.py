@@ -111,13 +111,14 @@ class TenantSource(EngineSource):
     :param options: execution options.
     """
 
-    __slots__ = ("_shared", "_tenant_options")
+    __slots__ = ("_session_engine", "_shared", "_tenant_options")
 
     def __init__(self, shared: EngineSource, options: Mapping[str, Any]) -> None:
         # Not the constructor of the class: there is nothing to make and to check.
         self._shared = shared
         self._tenant_options = options
         self._engine: Engine | None = None
+        self._session_engine: Engine | None = None
         self.url = shared.url
         #: It is not this one's to dispose of.
         self.given = True
@@ -135,11 +136,14 @@ class TenantSource(EngineSource):
     @property
     def session_engine(self) -> Engine:
         """The engine for Sessions. They tell when a connection is handed out, so its transaction may begin later."""
-        engine = self.engine
-        options = engine.get_execution_options()
-        if OPTION not in options or not begins_lazily(engine):
-            return engine
-        return engine.execution_options(**{FIRST: options[OPTION]})
+        found = self._session_engine
+        if found is None:
+            found = self.engine
+            options = found.get_execution_options()
+            if OPTION in options and begins_lazily(found):
+                found = found.execution_options(**{FIRST: options[OPTION]})
+            self._session_engine = found
+        return found
 
     def on_creation(self, call: Callable[[Engine], None]) -> None:
         """Do nothing: it was called with the shared engine."""

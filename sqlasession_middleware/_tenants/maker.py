@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .._database.binds import DEFAULT
 from .._database.engines import read_source
+from .._database.routing import replica_name
 from .._drivers.registry import server_of_url
 from .._lifecycle.background import BackgroundThreads
 from .._settings.arguments import make_with_options
@@ -17,6 +18,7 @@ from .application import TenantApplication
 from .binds import OPTION, PLACE, TenantSource, asks_for_name, identifiers_of, is_template, template_of
 from .local_settings import begin_with_settings, prepare_nothing, setting_statement
 from .names import is_name
+from .replicas import TenantReplica
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -54,24 +56,28 @@ class ApplicationMaker:
         binds, replicas = options.get("binds") or {}, options.get("replicas") or ()
         self._binds = {key: template_of(f"binds[{key!r}]", each) for key, each in binds.items()}
         self._replicas = [template_of(f"replicas[{number}]", each) for number, each in enumerate(replicas)]
-        given = (bind, *binds.values(), *replicas)
+        given = {
+            "bind": bind,
+            **{f"binds[{key!r}]": each for key, each in binds.items()},
+            **{replica_name(number): each for number, each in enumerate(replicas)},
+        }
         #: what is made of a tenant's name on servers
-        self.identifiers = identifiers_of(given, self._schema, self._set_local)
+        self.identifiers = identifiers_of(given.values(), self._schema, self._set_local)
         if self._schema is not None or self._set_local:
             self._share(bind, given)
         elif not is_template(bind):
             problem = "must have {tenant} in its database or user, or differ by 'schema' or 'set_local'."
             raise ConfigurationError("bind", problem)
-        elif not any(map(asks_for_name, given)):
+        elif not any(map(asks_for_name, given.values())):
             self._make_on_own("tenant")  # Nobody's: it checks the options.
 
-    def _share(self, bind: Any, given: tuple[Any, ...]) -> None:
-        if any(map(is_template, given)):
-            problem = "cannot have {tenant} or be a callable together with 'schema' or 'set_local', which share a pool."
-            raise ConfigurationError("bind", problem)
-        if self._replicas:
-            problem = "cannot be used where all tenants share a pool: give each its own, with {tenant} in 'bind'."
-            raise ConfigurationError("replicas", problem)
+    def _share(self, bind: Any, given: Mapping[str, Any]) -> None:
+        for parameter, each in given.items():
+            if is_template(each):
+                problem = (
+                    "cannot have {tenant} or be a callable together with 'schema' or 'set_local', which share a pool."
+                )
+                raise ConfigurationError(parameter, problem)
         if (self._options.get("session_options") or {}).get("twophase"):
             problem = "cannot be used together with 'schema' or 'set_local', which are set when a transaction begins."
             raise ConfigurationError("session_options", problem, "twophase")
@@ -82,6 +88,9 @@ class ApplicationMaker:
         has_settings = "postgresql" in server.names
         if self._set_local and not has_settings:
             raise ConfigurationError("set_local", "is for PostgreSQL only: give each tenant a schema or a database.")
+        for number in range(len(self._replicas)):
+            if server_of_url(sources[replica_name(number)].url) is not server:
+                raise ConfigurationError(replica_name(number), "must be on a server of the same kind as 'bind'.")
         for name, source in sources.items():
             if server_of_url(source.url) is server:
                 self._differing.add(name)
@@ -115,7 +124,10 @@ class ApplicationMaker:
             key: TenantSource(source, own if key in self._differing else {})
             for key, source in self.shared.named_sources().items()
         }
-        return self._make(name, table, sources.pop(DEFAULT), {**self._options, "binds": sources})
+        routing = self.shared.routing
+        shared = () if routing is None or routing.replicas is None else routing.replicas.members
+        replicas = [TenantReplica(each, sources.pop(replica_name(number))) for number, each in enumerate(shared)]
+        return self._make(name, table, sources.pop(DEFAULT), {**self._options, "binds": sources, "replicas": replicas})
 
     def _source_of(self, bind: Any) -> Any:
         """What the middleware takes as ``bind``, which is no dict."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from .._database.read_only import read_only_engines
+from .._database.read_only import is_read_only
 from .._drivers.registry import driver_by_dialect
 from .._scope.deadline import remaining
 from .._scope.scope import Scope
@@ -162,4 +162,4 @@ class RequestTransaction:
 def _commits_to_several(session: Session) -> bool:
     """Whether a commit of the session commits on more than one connection."""
     held = open_connections(session)
-    return len(held) > 1 and sum(connection.engine not in read_only_engines for connection in held) > 1
+    return len(held) > 1 and sum(not is_read_only(connection.engine) for connection in held) > 1

@@ -45,6 +45,7 @@ from sqlalchemy.schema import CreateTable
 from werkzeug.test import Client
 
 from sqlasession_middleware import SQLASessionMiddleware, on_primary, session
+from sqlasession_middleware.tenants import TenantsMiddleware
 
 from .servers import PATIENCE
 from .standbys import Cluster, Node, Standby, replicated
@@ -257,6 +258,50 @@ def test_clients_read_their_own_writes_when_a_standby_stands_still(
 
     logs.assert_only_read(*cluster.standbys)
     assert logs.of(cluster.primary).count(f"INSERT INTO {Row.__tablename__}") == CLIENTS * PAIRS
+
+
+def test_tenants_of_one_pool_read_their_own_rows_and_a_client_its_own_writes(cluster: Cluster) -> None:
+    paused, running = cluster.standbys
+    names = [f"t{uuid4().hex[:8]}" for _ in range(3)]
+    cluster.primary.administer(*(f"CREATE SCHEMA {name} AUTHORIZATION outage" for name in names))
+    tenants = TenantsMiddleware(
+        store,
+        cluster.primary.url,
+        tenant="header:X-Tenant",
+        known=names,
+        schema="{tenant}",
+        metadata=Base.metadata,
+        replicas=[standby.url for standby in cluster.standbys],
+        transaction=True,
+    )
+
+    def ask(client: Client, name: str, method: str, path: str, token: str) -> Any:
+        headers = {"X-Tenant": name}
+        response = client.open(path, method=method, query_string=token, headers=headers, buffered=True)
+        assert response.status_code == 200, response.text
+        return response.get_json()
+
+    clients = {name: Client(tenants) for name in names}
+    try:
+        for name in names:
+            tenants.init_database(name)
+        settle(cluster, paused, running)
+        paused.pause_replay()
+        for name, client in clients.items():
+            ask(client, name, "POST", "/write", name)
+        settle(cluster, running)
+        for name, client in clients.items():
+            for token in names:
+                # The position is in the server's log: it holds for the other tenants as well.
+                own = {"port": running.port, "found": token == name}
+                assert [ask(client, name, "GET", "/read", token) for _ in range(4)] == [own] * 4
+        found = [ask(Client(tenants), names[0], "GET", "/read", names[0]) for _ in range(40)]
+        # Who has written nothing reads from either, however late it is.
+        assert {(each["port"], each["found"]) for each in found} == {(running.port, True), (paused.port, False)}
+    finally:
+        tenants.dispose()
+        paused.resume_replay()
+        cluster.primary.administer(*(f"DROP SCHEMA {name} CASCADE" for name in names))
 
 
 def test_client_reads_its_own_write_when_that_was_a_get(cluster: Cluster) -> None:

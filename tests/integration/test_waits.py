@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy import URL, Connection, create_engine
+from sqlalchemy.schema import DropSchema
+
+from sqlasession_middleware.tenants import TenantsMiddleware
 
 from ..drivers import Row, rows_of, rows_on
 from .far_proxy import FarProxy, can_watch
@@ -79,6 +82,44 @@ def test_request_waits_for_no_answer_that_it_does_not_need(options, name, row, p
     with disposed(ours(KINDS[name], far(row, proxy), **OPTIONS[options])) as app:
         # At least once, if it asks the database at all: otherwise nothing was counted.
         assert_waits(proxy, app, name, min(most, 1), most)
+
+
+READS = [name for name, kind in KINDS.items() if kind.method == "GET"]
+
+
+@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_read_on_a_replica_waits_as_often_as_on_the_primary(options, name, row, proxy):
+    """But for a commit: drivers that do not know their transaction's state send COMMIT after its ROLLBACK."""
+    most = dict(zip(KINDS, MOST[row.module], strict=True))[name]
+    most += most > 0 and row.module != "psycopg" and "transaction" in OPTIONS[options]
+    url = far(row, proxy)
+    with disposed(ours(KINDS[name], url, replicas=[url], **OPTIONS[options])) as app:
+        assert_waits(proxy, app, name, min(most, 1), most)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("has_replica", [False, True], ids=["primary", "replica"])
+@pytest.mark.parametrize("row", rows_of("psycopg"), indirect=True)
+def test_schema_of_a_tenant_is_set_without_a_wait(has_replica, name, row, proxy):
+    most = dict(zip(KINDS, MOST[row.module], strict=True))[name]
+    most += KINDS[name].writes and has_replica  # After the commit it asks for the position in the server's log.
+    url = far(row, proxy)
+    tenants = TenantsMiddleware(
+        ours(KINDS[name], url).app,
+        url,
+        tenant=lambda environ: "acme",
+        known=["acme"],
+        schema="waits_{tenant}",
+        replicas=[url] if has_replica else [],
+    )
+    with disposed(tenants), disposed(create_engine(row.url())) as direct:
+        acme = tenants.application("acme")
+        acme.create_schema()
+        create(acme.engine)
+        assert_waits(proxy, tenants, name, min(most, 1), most)
+        with direct.begin() as connection:
+            connection.execute(DropSchema("waits_acme", cascade=True))
 
 
 @pytest.mark.parametrize("name", KINDS)
