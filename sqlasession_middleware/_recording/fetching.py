@@ -57,21 +57,21 @@ class _TimedFetch(CursorFetchStrategy):
     def fetchone(self, result: Any, dbapi_cursor: Any, hard_close: bool = False) -> Any:
         begin = perf_counter()
         try:
-            return super().fetchone(result, dbapi_cursor, hard_close)
+            return CursorFetchStrategy.fetchone(self, result, dbapi_cursor, hard_close)
         finally:
             _note(self._statement, self._records, perf_counter() - begin)
 
     def fetchmany(self, result: Any, dbapi_cursor: Any, size: int | None = None) -> Any:
         begin = perf_counter()
         try:
-            return super().fetchmany(result, dbapi_cursor, size)
+            return CursorFetchStrategy.fetchmany(self, result, dbapi_cursor, size)
         finally:
             _note(self._statement, self._records, perf_counter() - begin)
 
     def fetchall(self, result: Any, dbapi_cursor: Any) -> Any:
         begin = perf_counter()
         try:
-            return super().fetchall(result, dbapi_cursor)
+            return CursorFetchStrategy.fetchall(self, result, dbapi_cursor)
         finally:
             _note(self._statement, self._records, perf_counter() - begin)
 

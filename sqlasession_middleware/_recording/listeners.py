@@ -78,8 +78,8 @@ class _ConnectionListeners(TimedWaits):
         event.listen(engine, "invalidate", self._lose)
 
     def wanted(self) -> Any:
-        records, attempt = present_records()
-        return (records, attempt) if records else None
+        present = present_records()
+        return present if present[0] else None
 
     def note_connect(self, wanted: Any, entry: ConnectionPoolEntry, begin: float | None) -> None:
         entry.info[_NUMBER] = next(self._numbers)
@@ -115,11 +115,12 @@ class _ConnectionListeners(TimedWaits):
     def _begin_hold(self, driver_connection: Any, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
         records, attempt = present_records()
         if records:
-            number = entry.info.get(_NUMBER)
+            info = entry.info
+            number = info.get(_NUMBER)
             if number is None:  # It was made before somebody recorded the engine.
-                number = entry.info[_NUMBER] = next(self._numbers)
+                number = info[_NUMBER] = next(self._numbers)
             hold = Hold(self._engine, number, attempt, perf_counter())
-            entry.info[HOLD] = hold, tuple(records)
+            info[HOLD] = hold, records
             for record in records:
                 record.begin_hold(hold)
 

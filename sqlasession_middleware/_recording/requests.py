@@ -93,9 +93,9 @@ class _LoggingScope(Scope):
         """
         super().clear()
         environ = self.environ
-        if self.state is ENDED and environ is not None and RECORD in environ:
+        record: Record | None = None if environ is None else environ.get(RECORD)
+        if record is not None and self.state is ENDED:
             slow: SlowRequests = self.owner.slow_requests  # type: ignore[attr-defined]  # it has asked for this class
-            record: Record = environ[RECORD]
             record.finish(self.status if self.headers is not None else "")
             if record.end - record.begin > slow.seconds or record.count > slow.queries:
                 _log(record, self.owner)

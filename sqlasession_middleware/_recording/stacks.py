@@ -65,8 +65,9 @@ def take_stack(frame: FrameType | None) -> Stack:
     while frame is not None and left > 0:
         code = frame.f_code
         name = code.co_filename
-        counts = known.get(name)
-        if counts is None:
+        try:
+            counts = known[name]
+        except KeyError:
             counts = known[name] = _count(name)
         if counts:
             calls.append((code, frame.f_lasti))  # Its line takes longer to find.

@@ -54,7 +54,8 @@ class StatementListeners:
             trips += driver.waits_to_begin(proxy.dbapi_connection)
             for record in records:
                 record.trips += trips
-        if BEGINS in context.execution_options:
+        options = context.execution_options
+        if BEGINS in options:
             return sql, parameters
         statement = Statement()
         statement.engine = self._engine
@@ -68,7 +69,7 @@ class StatementListeners:
         statement.fetched = 0.0
         noted = proxy.info.get(HOLD)
         statement.hold = None if noted is None else noted[0]
-        statement.relationship = FLUSH if is_flushing.get() else context.execution_options.get(RELATIONSHIP)
+        statement.relationship = FLUSH if is_flushing.get() else options.get(RELATIONSHIP)
         statement.stack = take_statement_stack()
         for record in records:
             record.add(statement)

@@ -108,33 +108,29 @@ class TimedWaits:
         _connecting.set(None)
         self.begin_wait(wanted)
         begin = perf_counter()
-        error: BaseException | None = None
         try:
-            return connect()
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
+            connection = connect()
+        except BaseException as error:
             self.note_wait(wanted, begin, _connecting.get(), error)
-            del error  # Its traceback and this frame refer to each other.
+            raise
+        self.note_wait(wanted, begin, _connecting.get(), None)
+        return connection
 
     def _end(self, kind: EndKind, end: Callable[[Any], None], driver_connection: Any) -> None:
         wanted = self.wanted()
         if not wanted:
-            return end(driver_connection)
+            end(driver_connection)
+            return
         # The pool passes what it has handed out.
         own = getattr(driver_connection, "dbapi_connection", driver_connection)
         waits = self._driver.waits_of_end(own, kind)
         begin = perf_counter()
-        error: BaseException | None = None
         try:
-            return end(driver_connection)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
+            end(driver_connection)
+        except BaseException as error:
             self.note_end(wanted, kind, driver_connection, waits, begin, error)
-            del error
+            raise
+        self.note_end(wanted, kind, driver_connection, waits, begin, None)
 
     def _ping(self, ping: Callable[[Any], bool], driver_connection: Any) -> bool:
         self.note_ping()
