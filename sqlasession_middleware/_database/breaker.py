@@ -301,7 +301,8 @@ def _guard_pool(pool: Pool, breaker: Breaker, name: str, dialect: Dialect) -> No
 
 def unguarded_pool(engine: Engine) -> Pool:
     """Another pool of the same kind, for a connection that is no request's: it neither tries nor waits its turn."""
-    pool = engine.pool.recreate()
+    before = engine.pool
+    pool = type(before).recreate(before)  # Without what times the waits for it: see wrap_connect().
     if isinstance(pool, _GuardedPool):
         _, pool.__class__ = type(pool).__bases__
     return pool

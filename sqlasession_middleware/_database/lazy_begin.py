@@ -23,13 +23,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import TwoPhaseTransaction, event
+from sqlalchemy import TwoPhaseTransaction
 
 from .._drivers.registry import driver_of
 from .comment_text import without_comment
+from .executions import has_other_listeners, listen_to_executions
 from .forks import fork_safe_lock
 from .plain_reads import is_plain_read, remember_as_writing
-from .reads import BEGINS, FIRST, is_first_due, is_watched, note_first, was_handed_out
+from .reads import BEGINS, FIRST, is_first_due, note_first, was_handed_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,10 +72,8 @@ def begin_lazily(engine: Engine) -> None:
         _begun_lazily[engine.dialect] = None
         pipeline = driver_of(engine).pipeline()
         if pipeline is not None:
-            lazy = _begun_lazily[engine.dialect] = _LazyBegin(pipeline, 2 if is_watched(engine) else 1)
-            event.listen(engine, "do_execute", lazy.execute)
-            event.listen(engine, "do_executemany", lazy.execute_many)
-            event.listen(engine, "do_execute_no_params", lazy.execute_without_parameters)
+            lazy = _begun_lazily[engine.dialect] = _LazyBegin(pipeline)
+            listen_to_executions(engine, lazy.execute, lazy.execute_many, lazy.execute_without_parameters, first=False)
 
 
 def count_waits(dialect: Dialect, note: Callable[[int], None]) -> None:
@@ -110,12 +109,10 @@ class _LazyBegin:
     a listener of its own for the event, which would not be called then.
 
     :param pipeline: of the engine's driver.
-    :param listeners: how many listeners of this library each event has. That of :mod:`.reads` is called first.
     """
 
-    def __init__(self, pipeline: Pipeline, listeners: int) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
-        self._listeners = listeners
         #: which plain reads can be in a transaction of their own, by their texts before parameters are expanded
         self._can_be_alone: dict[str, bool] = {}
 
@@ -123,7 +120,7 @@ class _LazyBegin:
         dialect = context.dialect
         if not self.pipeline.is_idle(cursor):
             return _catch_up(cursor, context)
-        if len(dialect.dispatch.do_execute) > self._listeners:
+        if has_other_listeners(dialect, dialect.dispatch.do_execute):
             return _leave(cursor, _first_of(context))
         call = partial(dialect.do_execute, cursor, statement, parameters, context)
         return self._begin(cursor, statement, parameters, context, call)
@@ -132,7 +129,7 @@ class _LazyBegin:
         dialect = context.dialect
         if not self.pipeline.is_idle(cursor):
             return _catch_up(cursor, context)
-        if len(dialect.dispatch.do_executemany) > self._listeners:
+        if has_other_listeners(dialect, dialect.dispatch.do_executemany):
             return _leave(cursor, _first_of(context))
         call = partial(dialect.do_executemany, cursor, statement, parameters, context)
         return self._begin(cursor, statement, parameters, context, call)
@@ -141,7 +138,7 @@ class _LazyBegin:
         dialect = context.dialect
         if not self.pipeline.is_idle(cursor):
             return _catch_up(cursor, context)
-        if len(dialect.dispatch.do_execute_no_params) > self._listeners:
+        if has_other_listeners(dialect, dialect.dispatch.do_execute_no_params):
             return _leave(cursor, _first_of(context))
         call = partial(dialect.do_execute_no_params, cursor, statement, context)
         return self._begin(cursor, statement, None, context, call)

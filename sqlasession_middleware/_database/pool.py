@@ -72,14 +72,24 @@ ObservedPool.__name__ = TimedPool.__name__ = "WatchedPool"
 
 
 def wrap_connect(pool: Pool, around: Callable[[Callable[[], Any]], Any]) -> None:
-    """Call a function for each connection that is wanted of a pool: it is given what returns the connection."""
+    """Call a function for each connection that is wanted of a pool, and of that which ``dispose()`` puts in its place.
+
+    :param around: is given what returns the connection.
+    """
     found: Any = pool
 
     def connect() -> Any:
         return type(found).connect(found)  # Of the class that it has now: breakers and deadlines change it later.
 
-    # What the instance has already is another such wrapper.
-    found.connect = partial(around, vars(found).get("connect", connect))
+    # What the instance has already is of another such wrapper.
+    recreate_before = vars(found).get("recreate")
+
+    def recreate() -> Any:
+        another = type(found).recreate(found) if recreate_before is None else recreate_before()
+        wrap_connect(another, around)
+        return another
+
+    found.connect, found.recreate = partial(around, vars(found).get("connect", connect)), recreate
 
 
 def is_full(pool: Pool) -> bool:

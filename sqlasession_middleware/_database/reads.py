@@ -13,10 +13,9 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
-from sqlalchemy import event
-
-from .._dependencies import call_first, is_server_side, origins_of
+from .._dependencies import is_server_side, origins_of
 from .._drivers.registry import driver_of
+from .executions import listen_to_executions
 from .plain_reads import Reading, judge
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ __all__ = [
     "has_only_read",
     "has_unread_rows",
     "is_first_due",
-    "is_watched",
     "note_first",
     "note_handed_out",
     "note_locked",
@@ -74,15 +72,7 @@ def watch_reads(engine: Engine) -> None:
     if not driver_of(dialect).server.asks_for_writes or hasattr(dialect, _WATCHED):
         return
     setattr(dialect, _WATCHED, True)  # Several engines may share it.
-    for name, listener in (("do_execute", _note), ("do_executemany", _note), ("do_execute_no_params", _note_alone)):
-        event.listen(engine, name, listener)
-        # A listener may execute the statement by itself, and then no other is called after it.
-        call_first(engine, listener, name)
-
-
-def is_watched(engine: Engine) -> bool:
-    """Whether an engine notes what it sends."""
-    return hasattr(engine.dialect, _WATCHED)
+    listen_to_executions(engine, _note, _note, _note_alone)
 
 
 def _note(cursor: Any, statement: Any, parameters: Any, context: ExecutionContext) -> None:

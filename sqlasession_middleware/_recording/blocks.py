@@ -1,7 +1,7 @@
 """A record of everything that the process does in a block: for tests.
 
-Each connection tells its engine when it is made, and from then on the engine is recorded. What is sent on connections
-that were there before the block is noted as well, such as that of ``isolated()``, but only the statements.
+An engine is recorded from its first connection or statement in a block on. Connections that were there before, such as
+that of ``isolated()``, have no holds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import Engine, event
 
@@ -19,16 +18,14 @@ from .listeners import record_engine, recorded_name
 from .objects import record_objects
 from .present import add_block, remove_block
 from .record import Record
-from .statements import StatementListeners
+from .statements import note_execution
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
-    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.engine import ExecutionContext
 
 __all__ = ["recorded"]
 
-#: Those of engines that are not recorded, as they have made no connection since the block began.
-_statements: WeakKeyDictionary[Engine, StatementListeners] = WeakKeyDictionary()
 _listening = fork_safe_lock()
 
 
@@ -51,29 +48,17 @@ def recorded() -> Iterator[Record]:
                     event.remove(Engine, name, listener)
 
 
-def _record_used(connection: Connection) -> None:
+def _record_used(connection: Connection, *arguments: Any) -> None:
     engine = connection.engine
     if recorded_name(engine) is None:
         record_engine(engine, _name_of(engine))
-        _statements.pop(engine, None)
 
 
-def _begin(connection: Connection, *arguments: Any) -> None:
-    engine = connection.engine
-    if recorded_name(engine) is None:
-        if engine not in _statements:
-            _statements[engine] = StatementListeners(engine, _name_of(engine))
-        _statements[engine].begin_statement(connection, *arguments)
-
-
-def _end(connection: Connection, *arguments: Any) -> None:
-    if connection.engine in _statements:
-        _statements[connection.engine].end_statement(connection, *arguments)
-
-
-def _fail(context: ExceptionContext) -> None:
-    if context.engine is not None and context.engine in _statements:
-        _statements[context.engine].fail_statement(context)
+def _end(
+    connection: Connection, cursor: Any, statement: str, parameters: Any, context: ExecutionContext, executemany: bool
+) -> None:
+    # The first text that is sent on a connection that was there before has a context of the usual class.
+    note_execution(context)
 
 
 def _name_of(engine: Engine) -> str:
@@ -82,7 +67,7 @@ def _name_of(engine: Engine) -> str:
 
 _LISTENERS: dict[str, Any] = {
     "engine_connect": _record_used,
-    "before_cursor_execute": _begin,
+    "before_execute": _record_used,
+    "before_cursor_execute": _record_used,
     "after_cursor_execute": _end,
-    "handle_error": _fail,
 }

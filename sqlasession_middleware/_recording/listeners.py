@@ -15,6 +15,7 @@ from sqlalchemy import Engine, event
 
 from .._database.forks import fork_safe_lock
 from .._database.lazy_begin import count_waits
+from .._dependencies import root_engine
 from .._drivers.base import question_listeners
 from ..failures import Failure, classify
 from .objects import record_objects
@@ -41,22 +42,20 @@ def record_engine(engine: Engine, name: str) -> None:
 
     :param name: what the records call it.
     """
+    engine = root_engine(engine)  # Those that were made of it have the same pool and the same dialect.
     with _listening:
         if engine in _names:
             return
         _names[engine] = name
         if _note_question not in question_listeners:
             question_listeners.append(_note_question)
-    statements = StatementListeners(engine, name)
-    event.listen(engine, "before_cursor_execute", statements.begin_statement, retval=True)
-    event.listen(engine, "after_cursor_execute", statements.end_statement)
-    event.listen(engine, "handle_error", statements.fail_statement)
+    StatementListeners(engine, name)
     _ConnectionListeners(engine, name)
 
 
 def recorded_name(engine: Engine) -> str | None:
     """What records call an engine; None if it is not recorded."""
-    return _names.get(engine)
+    return _names.get(root_engine(engine))
 
 
 class _ConnectionListeners(TimedWaits):

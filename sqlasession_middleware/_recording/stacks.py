@@ -42,14 +42,14 @@ _TEST_RUNNER_FOLDERS = ("/_pytest/", "/pluggy/")
 _counted: dict[str, int] = {}
 
 
-#: How far ``Connection.execute()`` is from a function that a listener of ``before_cursor_execute`` calls. What is
-#: between is SQLAlchemy's own, and Python has to make an object for each call that is looked at.
-_DISTANCE: Final = 6
+#: How far ``Connection.execute()`` is from a function that the listener of ``do_execute`` calls. What is between is
+#: SQLAlchemy's own, and Python has to make an object for each call that is looked at.
+_DISTANCE: Final = 7
 _EXECUTE: Final = Connection.execute.__code__
 
 
 def take_statement_stack() -> Stack:
-    """The calls that lead to a statement, for a listener of ``before_cursor_execute``."""
+    """The calls that lead to a statement."""
     try:
         frame = calling_frame(_DISTANCE)
     except ValueError:  # There are not so many.

@@ -48,8 +48,7 @@ class TimedWaits:
         event.listen(engine, "do_connect", self._begin_connect)
         call_first(engine, self._begin_connect, "do_connect")  # Another one may make the connection.
         event.listen(engine, "connect", self._end_connect, insert=True)
-        event.listen(engine, "engine_disposed", self._time_pool)
-        self._time_pool(engine)
+        wrap_connect(engine.pool, self._connect)
         dialect: Any = engine.dialect
         readers = _timed.setdefault(dialect, WeakSet())
         if reader not in readers:
@@ -96,10 +95,6 @@ class TimedWaits:
 
     def _end_connect(self, driver_connection: Any, entry: ConnectionPoolEntry) -> None:
         self.note_connect(self.wanted(), entry, _connecting.get())
-
-    def _time_pool(self, engine: Engine) -> None:
-        """Time the waits for the engine's pool: for the present one, and for that which takes its place."""
-        wrap_connect(engine.pool, self._connect)
 
     def _connect(self, connect: Callable[[], Any]) -> Any:
         wanted = self.wanted()
