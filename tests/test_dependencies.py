@@ -682,6 +682,7 @@ def test_pipeline() -> None:
         with pytest.raises(psycopg.errors.SyntaxError):
             pipeline.sync()
         assert len(asked) == 2
+        pipeline.sync()  # It reads what has come after the error.
         assert cursor.fetchone() == ("on",)
         driver_connection.pgconn.exit_pipeline_mode()
         setattr(driver_connection, _dependencies.PIPELINE, None)
