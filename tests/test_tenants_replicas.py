@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 from sqlalchemy import URL, Engine, String, create_engine, event, literal_column, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from werkzeug.test import Client
 
@@ -283,18 +284,6 @@ def in_a_listener_of_a_commit() -> list[Any]:
     return found
 
 
-def in_a_listener_of_each_statement() -> list[Any]:
-    found: list[Any] = []
-
-    def listen(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
-        if not found:
-            found.append(["first"])
-            found[0] = all_by_driver(connection)
-
-    event.listen(connection_of_replica(), "after_cursor_execute", listen)
-    return [session.scalars(select(Note.owner)).all(), *found]
-
-
 WAYS: tuple[Callable[[], list[Any]], ...] = (
     by_driver_first,
     by_driver_after_a_read,
@@ -306,7 +295,6 @@ WAYS: tuple[Callable[[], list[Any]], ...] = (
     on_both,
     in_listeners,
     in_a_listener_of_a_commit,
-    in_a_listener_of_each_statement,
 )
 
 
@@ -475,6 +463,30 @@ def test_silent_replica_leaves_time_for_the_primary(make: Make, url: URL, given:
         tenants = make(replicas=[given(replica)], deadline=2)
         assert [ask(Client(tenants), name) for name in NAMES] == [f"{name}:primary" for name in NAMES]
         replica.dispose()
+
+
+@pytest.mark.parametrize("there", ["replica", "primary"])
+@pytest.mark.parametrize("row", rows_on("postgresql"), indirect=True)
+def test_failure_of_a_tenant_is_over_when_the_database_answers(make: Make, there: str) -> None:
+    """The application gets the error of the database, and a later error of its own is no reason to try again."""
+    calls: list[str] = []
+
+    def app(environ: Environ, start: StartResponse) -> list[bytes]:
+        if there == "primary":
+            on_primary()
+        calls.append(find(by_text=True))
+        with pytest.raises(OperationalError):
+            session.execute(text("DO $$ BEGIN RAISE 'again' USING ERRCODE = '40001'; END $$"))
+        session.rollback()
+        calls.append(find(by_text=True))
+        raise LookupError("the application's own")
+
+    tenants = make(app, transaction={"attempts": 2}, unavailable=True)
+    for name in NAMES:
+        calls.clear()
+        with pytest.raises(LookupError):
+            ask(Client(tenants), name)
+        assert len(calls) == 2
 
 
 @pytest.mark.parametrize("row", rows_on("postgresql"), indirect=True)
