@@ -54,6 +54,7 @@ __all__ = [
     "current_object",
     "disown",
     "flush_error",
+    "forget_connection",
     "goes_on_after",
     "has_prepared",
     "idle_queue",
@@ -106,6 +107,15 @@ def connections_of(transaction: SessionTransaction) -> list[tuple[Connection, bo
 def open_connections_of(transaction: SessionTransaction) -> list[Connection]:
     """The connections of a transaction, without a Python frame for each: each commit asks three times."""
     return list(set(map(_CONNECTION, transaction._connections.values())))
+
+
+def forget_connection(transaction: SessionTransaction, connection: Connection) -> None:
+    """Have a transaction end without one of its connections.
+
+    ``Connection.close()`` alone would leave a transaction there that the commit finds closed.
+    """
+    for key in (connection, connection.engine):
+        del transaction._connections[key]
 
 
 def flush_error(session: Session | None) -> BaseException | None:

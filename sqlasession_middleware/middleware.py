@@ -459,7 +459,7 @@ class SQLASessionMiddleware:
         """
         routing = self.routing
         if routing is None:
-            engine = self._source.session_engine
+            engine = self._source.engine
             session_class = session_class_for([engine.dialect], self._session_class)
             return checking(partial(derive(session_class), bind=engine, **self._session_options))
         return checking(session_maker(routing, self._session_class, self._session_options, derive))

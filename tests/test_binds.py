@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
-from weakref import ref
 
 import pytest
 from sqlalchemy import (
@@ -282,14 +280,31 @@ def test_a_statement_of_a_bind_is_compiled_once(app):
     assert Answer.compiled == 1
 
 
-def test_an_application_that_is_dropped_leaves_no_class_of_sessions():
-    app = SQLASessionMiddleware(application, "sqlite://", binds={"audit": "sqlite://"})
+def test_each_application_does_not_make_a_class_of_sessions():
+    kinds = set()
+    for _ in range(2):
+        app = SQLASessionMiddleware(application, "sqlite://", binds={"audit": "sqlite://"})
+        with app.context():
+            kinds.add(type(session()))
+        app.dispose()
+    assert len(kinds) == 1
+
+
+class AskingSession(Session):
+    """Executes something while it is made."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.found = self.scalars(select(text("42"))).one()
+
+
+def test_class_of_the_user_may_execute_while_it_is_made():
+    app = SQLASessionMiddleware(
+        application, "sqlite://", binds={"audit": "sqlite://"}, session_options={"class_": AskingSession}
+    )
     with app.context():
-        made = ref(type(session()))
+        assert session().found == 42
     app.dispose()
-    del app
-    gc.collect()
-    assert made() is None
 
 
 def test_without_binds_a_bind_key_is_an_error_where_tables_are_created(sqlite_url):

@@ -646,6 +646,14 @@ def break_engine(engine) -> list[bool]:
     return broken
 
 
+def test_engine_that_the_primary_is_made_of_is_no_replica(sqlite_url):
+    """Whatever is made of a replica's engine is not written to."""
+    engine = create_engine(sqlite_url)
+    with pytest.raises(ConfigurationError, match="is the Engine of 'bind' itself"):
+        SQLASessionMiddleware(App("read"), engine.execution_options(foo=1), replicas=[engine])
+    engine.dispose()
+
+
 def test_replica_out_of_reach_is_passed_over_and_tried_again_later(make, caplog):
     app = make("read", replica_retry=1000, unavailable=True)
     broken = break_replica(app)

@@ -227,8 +227,8 @@ def guard(owner: Any, failures: int, seconds: float) -> None:
     :param owner: may have ``breakers``, by their servers, which several applications share.
     """
     shared: dict[str, Breaker] | None = getattr(owner, "breakers", None)
-    for engine in map(root_engine, engines_of(owner)):
-        if not is_read_only(engine) and _registered(engine) is None:
+    for engine in (root_engine(engine) for engine in engines_of(owner) if not is_read_only(engine)):
+        if _registered(engine) is None:
             with _lock:
                 if _registered(engine) is None:  # pragma: no branch  # another thread may have been faster
                     _guard(engine, failures, seconds, shared)

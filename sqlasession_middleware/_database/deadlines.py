@@ -61,17 +61,17 @@ def limit_nested(owner: Application) -> None:
 
 def limit_waits(engine: Engine) -> None:
     """Have all waits for an engine end by the deadline of the scope that waits."""
-    engine = root_engine(engine)
-    if engine in _limited:
+    root = root_engine(engine)
+    if root in _limited:
         return
     with _listening:
-        if engine not in _limited:  # pragma: no branch  # another thread may have been faster
-            _listen(engine)
-            _limited.add(engine)
+        if root not in _limited:  # pragma: no branch  # another thread may have been faster
+            _listen(root, engine)
+            _limited.add(root)
 
 
-def _listen(engine: Engine) -> None:
-    waits = _Waits(engine)
+def _listen(engine: Engine, given: Engine) -> None:
+    waits = _Waits(engine, given)
     limit_pool(engine.pool)
     ping_in_checkout(engine)
     # First, because the other listeners may send something.
@@ -91,11 +91,15 @@ def _listen(engine: Engine) -> None:
 
 
 class _Waits:
-    """The listeners that know their engine."""
+    """The listeners that know their engine.
 
-    def __init__(self, engine: Engine) -> None:
+    :param given: the same, or one that was made of it by ``execution_options()``.
+    """
+
+    def __init__(self, engine: Engine, given: Engine) -> None:
         self._driver = driver_of(engine)
         self._engine = ref(engine)  # It has these listeners.
+        self._given = ref(given)
 
     def watch(self, driver_connection: Any, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
         """Watch a connection that is handed out."""
@@ -134,8 +138,8 @@ class _Waits:
         if deadline is None:
             return None
         left = deadline - now()
-        engine = self._engine()
-        if engine is not None and is_read_only(engine):
+        given = self._given()
+        if given is not None and is_read_only(given):
             left /= 2  # Another one, or the primary, may answer.
         options = self._driver.share_time(options, left)
         return _Attempt(partial(self._connect, dialect, record, arguments, options)).wait(left)

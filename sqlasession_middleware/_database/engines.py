@@ -132,11 +132,6 @@ class EngineSource:
         return self._engine
 
     @property
-    def session_engine(self) -> Engine:
-        """The same for Sessions."""
-        return self.engine
-
-    @property
     def created(self) -> Engine | None:
         """The engine, if it was created."""
         return self._engine

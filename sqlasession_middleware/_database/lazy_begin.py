@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from .._drivers.psycopg_pipeline import Pipeline
 
-__all__ = ["begin_lazily", "begin_now", "begins_lazily", "count_waits"]
+__all__ = ["begin_lazily", "begin_now", "begins_lazily", "can_wait", "count_waits"]
 
 #: The key in the ``info`` of a connection that says whether the server begins its transactions at READ COMMITTED.
 _IS_READ_COMMITTED: Final = "sqlasession_middleware.is_read_committed"
@@ -91,6 +91,16 @@ def begins_lazily(engine: Engine) -> bool:
     return engine.dialect in _begun_lazily and driver_of(engine).pipeline() is not None
 
 
+def can_wait(connection: Connection) -> bool:
+    """Whether the first statement of a transaction can be preceded by another one when it comes.
+
+    It cannot where the application listens to the same events: its listener may execute the statement by itself.
+    """
+    dialect = connection.dialect
+    lazy = _begun_lazily.get(dialect)
+    return lazy is not None and not lazy.is_joined(dialect)
+
+
 def begin_now(connection: Connection) -> None:
     """Begin the transaction that reads have left out, because the connection is handed out to the application."""
     first = connection.get_execution_options().get(FIRST)
@@ -115,6 +125,12 @@ class _LazyBegin:
         self.pipeline = pipeline
         #: which plain reads can be in a transaction of their own, by their texts before parameters are expanded
         self._can_be_alone: dict[str, bool] = {}
+
+    def is_joined(self, dialect: Dialect) -> bool:
+        """Whether somebody else listens to the same events."""
+        events = dialect.dispatch
+        most = max(len(events.do_execute), len(events.do_executemany), len(events.do_execute_no_params))
+        return most > self._listeners
 
     def execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
         dialect = context.dialect

@@ -83,8 +83,8 @@ def observe_commits(owner: Application) -> None:
     These listeners cost some microseconds for each connection. They are there only where requests may be repeated,
     which is what the count is for.
     """
-    for engine in map(root_engine, engines_of(owner)):
-        if engine not in _observed_for_commits and not is_read_only(engine):
+    for engine in (root_engine(engine) for engine in engines_of(owner) if not is_read_only(engine)):
+        if engine not in _observed_for_commits:
             event.listen(engine, "begin", _count_autocommit)
             event.listen(engine, "commit", _count_engine_commit)
             event.listen(engine, "commit_twophase", _count_twophase_commit)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BEGINS",
     "FIRST",
+    "READS",
+    "give_first",
     "has_locked",
     "has_only_read",
     "has_unread_rows",
@@ -33,8 +35,10 @@ __all__ = [
     "note_handed_out",
     "note_locked",
     "note_rows",
+    "sends_first",
     "was_handed_out",
     "watch_reads",
+    "with_first",
     "without_first",
 ]
 
@@ -45,11 +49,17 @@ BEGINS: Final = "sqlasession_begins"
 #: with the first one of the application.
 FIRST: Final = "sqlasession_first"
 
+#: The key in ``bind_arguments`` by which the library itself asks a Session for a connection, to read from it. Anybody
+#: else may do with one what is not seen.
+READS: Final = "sqlasession_reads"
+
 # Attributes that this module adds to objects of SQLAlchemy. Each statement looks at one of them, so that a set of weak
 # references, whose every look is Python code, would cost more than all the rest.
 
 #: of a dialect: whether its engines are watched
 _WATCHED: Final = "sqlasession_watched"
+#: of an engine: that which is the same but for :data:`FIRST`
+_WITH_FIRST: Final = "sqlasession_with_first"
 #: of a connection: whether something else than reads was sent, or may have been
 _DOUBTFUL: Final = "sqlasession_doubtful"
 #: of a connection: whether the application may have it in hand
@@ -108,6 +118,24 @@ def note_first(connection: Connection, is_due: bool) -> None:
 def is_first_due(connection: Connection) -> bool:
     """Whether what a transaction has to begin with is still to be sent in it."""
     return getattr(connection, _FIRST_IS_DUE, False)
+
+
+def give_first(engine: Engine, statement: str) -> None:
+    """Have each transaction of a Session on an engine begin with a statement, which waits for the first one."""
+    setattr(engine, _WITH_FIRST, engine.execution_options(**{FIRST: statement}))
+
+
+def sends_first(engine: Engine) -> bool:
+    """Whether a Session sends something on an engine that begins each transaction there."""
+    return hasattr(engine, _WITH_FIRST)
+
+
+def with_first(bind: Any) -> Any:
+    """The engine on which a Session may send :data:`FIRST` later: it tells when a connection is handed out.
+
+    :param bind: an engine. Anything else, and one without such a statement, is returned unchanged.
+    """
+    return getattr(bind, _WITH_FIRST, bind)
 
 
 def without_first(engine: Engine) -> Engine:

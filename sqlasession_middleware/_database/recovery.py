@@ -9,11 +9,14 @@ failure that a framework makes a page of is not over, and a commit whose outcome
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
-from sqlalchemy import event
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import InvalidRequestError
 
-from .._dependencies import open_connections_of
+from .._dependencies import open_connections_of, root_engine
 from .._scope.scope import Scope
 from ..failures import Failure, ObservedFailure
 from .catcher import is_making_error_page, was_left_to_framework
@@ -29,6 +32,13 @@ __all__ = ["expect_recovery", "note_answer", "pending_failure"]
 _OF_TRANSACTIONS = re.compile(r"\s*(SAVEPOINT|ROLLBACK|RELEASE|BEGIN|COMMIT|PREPARE|XA)\b", re.IGNORECASE)
 
 
+#: An attribute that this module adds to a connection: what its next statements are told to.
+_TOLD: Final = "sqlasession_told"
+
+#: Engines whose statements are told to what is noted at their connections.
+_telling: WeakSet[Engine] = WeakSet()
+
+
 def expect_recovery(scope: Scope, observed: ObservedFailure, failed: Connection | None) -> None:
     """End a scope's failure with the next statement that succeeds in its session.
 
@@ -42,7 +52,10 @@ def expect_recovery(scope: Scope, observed: ObservedFailure, failed: Connection 
             note_answer(scope, statement)
 
     def listen(connection: Connection) -> None:
-        event.listen(connection, "after_cursor_execute", note_success)
+        try:
+            event.listen(connection, "after_cursor_execute", note_success)
+        except InvalidRequestError:  # pragma: no cover  # before SQLAlchemy 2.1
+            _listen_at_engine(connection, note_success)
 
     def note_begin(session: Session, transaction: object, connection: Connection) -> None:
         if scope.failure is observed:
@@ -56,6 +69,23 @@ def expect_recovery(scope: Scope, observed: ObservedFailure, failed: Connection 
         for connection in _connections_of(observed.session):
             listen(connection)
         event.listen(observed.session, "after_begin", note_begin)
+
+
+def _listen_at_engine(connection: Connection, call: Callable[..., None]) -> None:  # pragma: no cover
+    """Have a function called with the next statements of a connection that takes no listeners.
+
+    Before SQLAlchemy 2.1 that is one whose engine was made by ``execution_options()``.
+    """
+    setattr(connection, _TOLD, (*getattr(connection, _TOLD, ()), call))
+    engine = root_engine(connection.engine)
+    if engine not in _telling:
+        _telling.add(engine)
+        event.listen(engine, "after_cursor_execute", _tell)
+
+
+def _tell(connection: Connection, *more: Any) -> None:  # pragma: no cover
+    for call in getattr(connection, _TOLD, ()):
+        call(connection, *more)
 
 
 def note_answer(scope: Scope, statement: str) -> None:

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from .._dependencies import call_first, origins_of
 from .._drivers.registry import driver_by_dialect, driver_of, server_of_url
-from .._scope.deadline import half_of_deadline
+from .._scope.deadline import begin_unit, half_of_deadline, remaining
 from .._scope.scope import Scope, current
 from ..errors import ConfigurationError
 from ..failures import Failure, classify
@@ -25,6 +25,7 @@ from .breaker import Breaker, ask_server, forget_connections, register
 from .cookie import LastWrite, ReadYourWritesCookie
 from .engines import EngineSource, read_source
 from .read_only import explain_refusal, note_read_only
+from .reads import READS
 from .replaced_errors import driver_error_of
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def read_replicas(
         if isinstance(given, Replica):
             found.append(given)
             continue
-        if isinstance(given, Engine) and primary.given and given is primary.engine:
+        if isinstance(given, Engine) and primary.given and given in origins_of(primary.engine):
             problem = "is the Engine of 'bind' itself: give a URL, or another Engine."
             raise ConfigurationError(f"replicas[{number}]", problem)
         source = read_source(f"replicas[{number}]", given, inherited)
@@ -106,12 +107,6 @@ class Replica:
         """Its engine, created at first use."""
         self.prepare()
         return self.source.engine
-
-    @property
-    def session_engine(self) -> Engine:
-        """The same for Sessions."""
-        self.prepare()
-        return self.source.session_engine
 
     @property
     def connects(self) -> int:
@@ -215,6 +210,9 @@ class Replicas:
         :param preferred: the replica from which the request has read before.
         :returns: None if only the primary can be used.
         """
+        begin_unit()
+        if remaining() == 0:
+            return None  # Nobody sends anything any more, which says nothing of the replicas.
         for replica in self._candidates(preferred):
             breaker = replica.breaker
             if not breaker.open_until:
@@ -244,7 +242,7 @@ class Replicas:
             if last_write is not None and not replica.has(last_write, self.cookie):
                 return False
             connects = replica.connects
-            session.connection(bind_arguments={"bind": replica.session_engine})
+            session.connection(bind_arguments={"bind": replica.engine, READS: True})
             # A standby that has been restarted since may be behind what it had.
             return last_write is None or connects == replica.connects or replica.has(last_write, self.cookie)
         except Exception as error:  # The driver's own errors as well: Replica.has() asks the driver directly.

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
 
-from .._dependencies import TRANSACTION, connections_of, disown, open_connections_of, state_of_transaction
+from .._dependencies import (
+    TRANSACTION,
+    connections_of,
+    disown,
+    forget_connection,
+    open_connections_of,
+    state_of_transaction,
+)
 from .._scope.scope import Scope
 from .calls import find_calls
 
@@ -17,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.pool import PoolProxiedConnection
 
-__all__ = ["close_transaction", "disown_returned", "open_connections", "remove_session"]
+__all__ = ["close_transaction", "disown_returned", "give_back", "open_connections", "remove_session"]
 
 _ACTIVE = SessionTransactionState.ACTIVE
 
@@ -70,6 +77,19 @@ def disown_returned(scope: Scope) -> None:
 def _was_taken_back(proxy: PoolProxiedConnection) -> bool:
     # A pool refers weakly to what it has handed out. The collector clears these references before it calls anybody.
     return not proxy.is_detached and weakref.getweakrefcount(proxy) == 0
+
+
+def give_back(session: Session, connection: Connection) -> None:
+    """Give a connection back that has only read, although the Session's transaction goes on."""
+    transaction = session.get_transaction()
+    assert transaction is not None  # It has the connection.
+    forget_connection(transaction, connection)
+    try:
+        connection.close()
+    except Exception:
+        # It is lost, and nothing with it. Older versions of SQLAlchemy have not given it back by now.
+        if not connection.closed:  # pragma: no cover
+            _give_back(connection)
 
 
 def close_transaction(transaction: SessionTransaction) -> None:

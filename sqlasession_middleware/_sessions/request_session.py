@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from .._database.lazy_begin import begin_now
 from .._database.observers import enclosing_transactions
 from .._database.read_only import is_read_only
-from .._database.reads import note_handed_out
+from .._database.reads import READS, note_handed_out
 from .._drivers.registry import driver_by_dialect
 from .._scope.scope import Scope, current
 from ..errors import TransactionAborted
@@ -40,6 +40,8 @@ Merged = TypeVar("Merged", bound=object)
 class RequestSession(Session):
     """The Session of a request."""
 
+    #: whether a transaction of this Session has read on a connection that it gave back before its end
+    _gave_back = False
     #: whether this Session listens for databases that join a savepoint
     __joins = False
 
@@ -69,8 +71,9 @@ class RequestSession(Session):
         self, bind_arguments: Mapping[str, Any] | None = None, execution_options: Mapping[str, Any] | None = None
     ) -> Connection:
         """The Session's connection. What is done with it, or with the driver's, is not seen."""
+        is_own = bind_arguments is not None and READS in bind_arguments
         connection = super().connection(bind_arguments, execution_options)  # type: ignore[arg-type]  # a dict, in SQLAlchemy
-        if not is_read_only(connection.engine):  # The library itself connects to replicas by this method.
+        if not is_own:
             note_handed_out(connection)
             begin_now(connection)
         return connection
@@ -118,13 +121,13 @@ def _refuse_aborted(session: Session) -> None:
 
 
 @event.listens_for(RequestSession, "after_commit")
-def _count_session_commit(session: Session) -> None:
+def _count_session_commit(session: RequestSession) -> None:
     """Count the commit, on whatever engine it was: an attempt that has committed is not repeated."""
     if session.in_nested_transaction():
         return  # The release of a savepoint commits nothing.
     transactions = list(enclosing_transactions())
     held = open_connections(session) if transactions else []
-    if held and all(is_read_only(connection.engine) for connection in held):
+    if (held or session._gave_back) and all(is_read_only(connection.engine) for connection in held):
         return
     for transaction in transactions:
         transaction.commits += 1

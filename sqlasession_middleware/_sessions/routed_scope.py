@@ -45,7 +45,7 @@ class Route:
         replica = replicas.connect(session, self.last_write, self._replica)
         if replica is not None:
             self._replica = replica
-        self.engine = session.bind if replica is None else replica.session_engine
+        self.engine = session.bind if replica is None else replica.engine
         self.transaction = session.get_transaction()
 
     def end(self, session: Session) -> None:

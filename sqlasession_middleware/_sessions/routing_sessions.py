@@ -19,7 +19,7 @@ from .._database.routing import Routing
 from .._drivers.registry import driver_by_dialect
 from .._scope.scope import current, outwards
 from .classes import session_class_for
-from .connections import open_connections
+from .connections import give_back, open_connections
 from .request_session import RequestSession
 from .routed_scope import SAFE_METHODS, Route, RoutedScope
 from .statements import is_read_throughout
@@ -43,12 +43,20 @@ def session_maker(
     """
     engines = routing.all_engines()
     dialects = {engine.dialect for engine in engines.values()}
-    bound = {"bind": routing.source_of(DEFAULT, "").session_engine, **options}
-    base = session_class_for(dialects, session_class, BindsSession if routing.replicas is None else RoutingSession)
-    # A class of this application alone, so its sessions need no per-instance setup.
-    known = {"_routing": routing, "_has_choice": session_class.get_bind is not Session.get_bind}
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, **known}
-    make_routing = partial(derive(type(base.__name__, (base,), names)), **bound)
+    bound = {"bind": engines[DEFAULT], **options}
+    mixin = BindsSession if routing.replicas is None else RoutingSession
+    routing_class: Any = derive(session_class_for(dialects, session_class, mixin))
+    has_choice = session_class.get_bind is not Session.get_bind
+
+    def make_routing(**more: Any) -> Session:
+        # Not a class of this application alone: there may be one for each of thousands of tenants. And the class of the
+        # user may execute something while it is made.
+        session: Any = routing_class.__new__(routing_class)
+        session._routing = routing
+        session._has_choice = has_choice
+        session.__init__(**(bound | more))
+        return session  # type: ignore[no-any-return]
+
     if routing.replicas is None:
         return make_routing
     make_on_primary = partial(derive(session_class_for(dialects, session_class, PrimarySession)), **bound)
@@ -92,7 +100,7 @@ class BindsSession(RequestSession):
             return bind
         routing = self._routing
         if bind_key is not None:
-            return routing.source_of(bind_key, "bind_arguments").session_engine
+            return routing.source_of(bind_key, "bind_arguments").engine
         if mapper is None:
             key = key_of_statement(clause)
         elif mapper in routing.keys:
@@ -100,7 +108,7 @@ class BindsSession(RequestSession):
         else:
             key = routing.keys[mapper] = key_of_mapper(mapper)
         if key is not None:
-            return routing.source_of(key, clause if mapper is None else mapper).session_engine
+            return routing.source_of(key, clause if mapper is None else mapper).engine
         return super().get_bind(mapper, clause=clause, **more) if self._has_choice else self.bind
 
     def bind_mapper(self, *arguments: Any, **more: Any) -> None:
@@ -140,7 +148,7 @@ class RoutingSession(PrimarySession, BindsSession):
         routing = self._routing
         replicas: Any = routing.replicas
         if bind is None and bind_key is not None:
-            bind = routing.source_of(bind_key, "bind_arguments").session_engine
+            bind = routing.source_of(bind_key, "bind_arguments").engine
         if bind is not None:
             return self.__explicit_bind(bind, clause)
         default = self.bind
@@ -188,22 +196,27 @@ class RoutingSession(PrimarySession, BindsSession):
 
     def __find_route(self, replicas: Replicas) -> Route | None:
         home = self._home
-        if home is not None and home.session is self and self.bind is self._routing.source_of(None, "").session_engine:
+        if home is not None and home.session is self and self.bind is self._routing.source_of(None, "").engine:
             self.__route = home.find_route(replicas)
             self._may_have_written = not home.is_safe()
         return self.__route
 
 
 @event.listens_for(PrimarySession, "before_commit")
-def _end_reading(session: Session) -> None:
-    """End the transactions on replicas first: a replica that is lost must not fail the commit on the primary."""
+def _end_reading(session: PrimarySession) -> None:
+    """End the transactions on replicas first: a replica that is lost must not fail the commit on the primary.
+
+    Their connections are given back. What listeners still read there begins another transaction, with all that each
+    transaction begins with.
+    """
     home = getattr(session, "_home", None)
     if home is not None and not session.in_nested_transaction():
         replicas = home.owner.routing.replicas
         for connection in open_connections(session):
             driver = driver_by_dialect[type(connection.dialect)]
             if replicas.has(connection) and driver.server.is_networked and not driver.is_idle(connection):
-                connection.exec_driver_sql("ROLLBACK")
+                session._gave_back = True
+                give_back(session, connection)
         if home.route is not None:
             home.route.end(session)
 

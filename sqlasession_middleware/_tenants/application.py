@@ -6,12 +6,17 @@ from functools import cache
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .._database.reads import sends_first
 from .._database.schema import create_schema
 from .._scope.scope import ENDED, Scope
 from ..middleware import SQLASessionMiddleware
+from .sessions import tenant_session
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from _typeshed.wsgi import WSGIApplication
+    from sqlalchemy.orm import Session
 
     from .._database.breaker import Breaker
     from .._lifecycle.background import BackgroundThreads
@@ -103,6 +108,13 @@ class TenantApplication(SQLASessionMiddleware):
         """Close the idle connections. Nothing is waited for."""
         for source in self._sources():
             source.dispose()
+
+    def _session_maker(
+        self, derive: Callable[[type[Session]], type[Session]] = lambda base: base
+    ) -> Callable[..., Session]:
+        if not any(sends_first(engine) for engine in self.engines.values()):
+            return super()._session_maker(derive)
+        return super()._session_maker(lambda base: derive(tenant_session(base)))  # type: ignore[arg-type]  # a class can be hashed
 
     def create_schema(self) -> None:
         """Create the tenant's schema, where it has one and it does not exist yet."""

@@ -10,8 +10,9 @@ from sqlalchemy import Engine
 from sqlalchemy.engine import URL
 
 from .._database.engines import EngineSource
+from .._database.forks import fork_safe_lock
 from .._database.lazy_begin import begins_lazily
-from .._database.reads import FIRST
+from .._database.reads import give_first
 from .._database.urls import parse_url
 from .._drivers.registry import server_of_url
 from ..errors import ConfigurationError
@@ -29,6 +30,9 @@ __all__ = [
 
 #: The execution option with the statement that sets the tenant for a transaction.
 OPTION: Final = "sqlasession_local_settings"
+
+# Reentrant, as that of other engines.
+_creating = fork_safe_lock()
 
 #: Makes what the middleware takes as a bind of the name of a tenant.
 Template = Callable[[str], Any]
@@ -111,14 +115,13 @@ class TenantSource(EngineSource):
     :param options: execution options.
     """
 
-    __slots__ = ("_session_engine", "_shared", "_tenant_options")
+    __slots__ = ("_shared", "_tenant_options")
 
     def __init__(self, shared: EngineSource, options: Mapping[str, Any]) -> None:
         # Not the constructor of the class: there is nothing to make and to check.
         self._shared = shared
         self._tenant_options = options
         self._engine: Engine | None = None
-        self._session_engine: Engine | None = None
         self.url = shared.url
         #: It is not this one's to dispose of.
         self.given = True
@@ -127,23 +130,16 @@ class TenantSource(EngineSource):
 
     @property
     def engine(self) -> Engine:
-        """The engine, with the tenant's options."""
-        engine = self._engine
-        if engine is None:
-            engine = self._engine = self._shared.engine.execution_options(**self._tenant_options)
-        return engine
-
-    @property
-    def session_engine(self) -> Engine:
-        """The engine for Sessions. They tell when a connection is handed out, so its transaction may begin later."""
-        found = self._session_engine
-        if found is None:
-            found = self.engine
-            options = found.get_execution_options()
-            if OPTION in options and begins_lazily(found):
-                found = found.execution_options(**{FIRST: options[OPTION]})
-            self._session_engine = found
-        return found
+        """The engine, with the tenant's options. There is one, whoever is first: it is compared with others."""
+        if self._engine is None:
+            shared = self._shared.engine
+            with _creating:
+                if self._engine is None:  # pragma: no branch  # another thread may have been faster
+                    engine = shared.execution_options(**self._tenant_options)
+                    if OPTION in self._tenant_options and begins_lazily(engine):
+                        give_first(engine, self._tenant_options[OPTION])
+                    self._engine = engine
+        return self._engine
 
     def on_creation(self, call: Callable[[Engine], None]) -> None:
         """Do nothing: it was called with the shared engine."""

@@ -14,6 +14,7 @@ from weakref import WeakSet
 from sqlalchemy import Connection, Engine, event
 
 from .._database.forks import fork_safe_lock
+from .._database.lazy_begin import can_wait
 from .._database.observers import commits_each_statement
 from .._database.reads import BEGINS, FIRST, note_first
 from .._drivers.registry import driver_of
@@ -70,7 +71,7 @@ def _set(connection: Connection) -> None:
     if OPTION in options:
         if commits_each_statement(connection):
             _refuse(connection)
-        if FIRST in options:
+        if FIRST in options and can_wait(connection):
             note_first(connection, is_due=True)
         else:
             connection.exec_driver_sql(options[OPTION], execution_options={BEGINS: True})
