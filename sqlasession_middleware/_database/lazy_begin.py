@@ -97,8 +97,11 @@ def can_wait(connection: Connection) -> bool:
     It cannot where the application listens to the same events: its listener may execute the statement by itself.
     """
     dialect = connection.dialect
-    lazy = _begun_lazily.get(dialect)
-    return lazy is not None and not lazy.is_joined(dialect)
+    events = dialect.dispatch
+    return _begun_lazily.get(dialect) is not None and not any(
+        has_other_listeners(dialect, listeners)
+        for listeners in (events.do_execute, events.do_executemany, events.do_execute_no_params)
+    )
 
 
 def begin_now(connection: Connection) -> None:
@@ -125,12 +128,6 @@ class _LazyBegin:
         self.pipeline = pipeline
         #: which plain reads can be in a transaction of their own, by their texts before parameters are expanded
         self._can_be_alone: dict[str, bool] = {}
-
-    def is_joined(self, dialect: Dialect) -> bool:
-        """Whether somebody else listens to the same events."""
-        events = dialect.dispatch
-        most = max(len(events.do_execute), len(events.do_executemany), len(events.do_execute_no_params))
-        return most > self._listeners
 
     def execute(self, cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> bool:
         dialect = context.dialect
