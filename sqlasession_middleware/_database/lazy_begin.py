@@ -29,7 +29,7 @@ from .._drivers.registry import driver_of
 from .comment_text import without_comment
 from .forks import fork_safe_lock
 from .plain_reads import is_plain_read, remember_as_writing
-from .reads import BEGINS, FIRST, is_first_due, is_watched, note_first, was_handed_out
+from .reads import BEGINS, FIRST, is_first_due, is_watched, note_doubt, note_first, was_handed_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,6 +175,7 @@ class _LazyBegin:
                     return True
                 if outcome is outcome.WRITES:
                     remember_as_writing(statement)
+                    note_doubt(connection)
                 elif outcome is outcome.REFUSED:
                     refused = text
         if not parameters and (not isinstance(statement, str) or ";" in statement):
