@@ -733,6 +733,7 @@ PLAIN = [
     "WITH c AS (SELECT 1) SELECT * FROM c",
     "SELECT CAST(a.id AS VARCHAR(40)), lower(a.name) FROM a WHERE NOT (EXISTS (SELECT 1 FROM b))",
     "SELECT now(), current_date FROM a",
+    "SELECT version(), pg_backend_pid(), inet_server_port() FROM a",
 ]
 DOUBTFUL = [
     "INSERT INTO a VALUES (1)",
@@ -744,6 +745,7 @@ DOUBTFUL = [
     "SELECT pg_catalog.set_config('a', 'b', true)",
     'SELECT "count"(1)',
     "SELECT mine.count(1)",
+    "SELECT mine.version()",
     "SELECT mine /* hidden */ (1)",
     "SELECT mine -- hidden\n (1)",
     "SELECT 1; DROP TABLE a",

@@ -34,6 +34,7 @@ from ..failures import Failure, classify
 from .breaker import note_silence, unguarded_pool
 from .forks import fork_safe_lock
 from .liveness import ping_in_checkout
+from .lost_commits import stores_nothing
 from .observers import engines_of, note_late
 from .pool import limit_pool
 from .read_only import is_read_only
@@ -253,7 +254,8 @@ def _explain(context: ExceptionContext) -> BaseException | None:
     committing = came_from_commit(error.__traceback__)
     was_cancelled = driver.was_cancelled(error)
     failure = classify(error, committing=committing, disconnected=context.is_disconnect)
-    if failure is Failure.UNKNOWN or (was_cancelled and committing and not driver.server.undoes_cancelled_commits):
+    is_unknown = was_cancelled and committing and not driver.server.undoes_cancelled_commits
+    if (failure is Failure.UNKNOWN or is_unknown) and not (committing and stores_nothing(context.connection)):
         what = "the COMMIT was ended, and it is not known whether it took place"
         late = note_late(what, context, is_outcome_unknown=True)
     elif failure is None and not was_cancelled:

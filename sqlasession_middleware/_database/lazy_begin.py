@@ -30,7 +30,7 @@ from .comment_text import without_comment
 from .executions import has_other_listeners, listen_to_executions
 from .forks import fork_safe_lock
 from .plain_reads import is_plain_read, remember_as_writing
-from .reads import BEGINS, FIRST, is_first_due, note_first, was_handed_out
+from .reads import BEGINS, FIRST, is_first_due, note_doubt, note_first, was_handed_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,6 +185,7 @@ class _LazyBegin:
                     return True
                 if outcome is outcome.WRITES:
                     remember_as_writing(statement)
+                    note_doubt(connection)
                 elif outcome is outcome.REFUSED:
                     refused = text
         if not parameters and (not isinstance(statement, str) or ";" in statement):

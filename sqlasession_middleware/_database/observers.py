@@ -29,6 +29,7 @@ from ..errors import DeadlineError
 from ..failures import Failure, ObservedFailure, classify
 from .catcher import is_in_one_application
 from .forks import fork_safe_lock
+from .lost_commits import stores_nothing
 from .read_only import is_read_only, is_refusal
 from .recovery import expect_recovery, note_answer
 from .replaced_errors import mark_observed
@@ -171,6 +172,8 @@ def _note_error(context: ExceptionContext) -> None:
         return
     connection = context.connection
     is_undone = failure is Failure.TRANSIENT
+    if failure is Failure.UNKNOWN and committing and stores_nothing(connection):
+        failure = Failure.LOST  # It stays counted as a commit: a view that was taken for a table may have written.
     if connection is not None:
         driver = driver_of(context)
         if failure is Failure.UNAVAILABLE and driver.has_become_read_only(connection, error):

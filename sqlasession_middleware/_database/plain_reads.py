@@ -57,6 +57,13 @@ _DOUBTFUL: Final = frozenset("delete insert into merge update for lock uescape".
 #: Words that ask for the time at which the transaction began, and functions that do.
 _TIMES: Final = frozenset("current_date current_time current_timestamp localtime localtimestamp now age".split())  # noqa: SIM905
 
+#: Functions that tell of the connection. Behind a pooler each transaction may have another one.
+_CONNECTION_FUNCTIONS: Final = """
+    current_database current_schema inet_client_addr inet_client_port inet_server_addr inet_server_port pg_backend_pid
+    pg_is_in_recovery version
+"""
+_OF_CONNECTION: Final = frozenset(_CONNECTION_FUNCTIONS.split())
+
 #: Strings that are the time at which the transaction began, once they are cast ("Special Date/Time Inputs"): in lower
 #: case. Most strings are told by less than the pattern.
 _MOMENT: Final = re.compile(r"(?<![a-z])(?:now|today|tomorrow|yesterday)(?![a-z])")
@@ -172,7 +179,7 @@ def _may_be_moment(value: Any) -> bool:
 def _judge_word(found: tuple[str, str, str]) -> Reading:
     word, dot, call = found
     word = word.lower() if word.isascii() else word  # The Kelvin sign would become a "k".
-    if word in _TIMES and not dot:
+    if not dot and (word in _TIMES or (call and word in _OF_CONNECTION)):
         return Reading.LEAVES_NOTHING
     if call:
         is_known = not dot and (word in _MAY_BE_CALLED or (call != "(" and word in _KEYWORDS_WITH_SPACE))

@@ -31,6 +31,7 @@ __all__ = [
     "has_only_read",
     "has_unread_rows",
     "is_first_due",
+    "note_doubt",
     "note_first",
     "note_handed_out",
     "note_locked",
@@ -97,6 +98,11 @@ def _note(cursor: Any, statement: Any, parameters: Any, context: ExecutionContex
 
 def _note_alone(cursor: Any, statement: Any, context: ExecutionContext) -> None:
     _note(cursor, statement, None, context)
+
+
+def note_doubt(connection: Connection) -> None:
+    """Note that a statement does not only read, although its text looks like it."""
+    setattr(connection, _DOUBTFUL, True)
 
 
 def note_handed_out(connection: Connection) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy import Engine, event
 
 from .._database.forks import fork_safe_lock
 from .._database.lazy_begin import count_waits
+from .._database.lost_commits import stores_nothing
 from .._dependencies import root_engine
 from .._drivers.base import question_listeners
 from ..failures import Failure, classify
@@ -136,4 +137,5 @@ class _ConnectionListeners(TimedWaits):
 
     def _is_unknown(self, error: BaseException, driver_connection: Any) -> bool:
         is_lost = self._dialect.is_disconnect(error, driver_connection, None)  # type: ignore[arg-type]  # may be any
-        return classify(error, committing=True, disconnected=is_lost) is Failure.UNKNOWN
+        is_unknown = classify(error, committing=True, disconnected=is_lost) is Failure.UNKNOWN
+        return is_unknown and not stores_nothing(driver_connection)
