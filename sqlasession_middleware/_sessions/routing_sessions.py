@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from .._database.binds import DEFAULT, key_of_mapper, key_of_statement
 from .._database.cookie import LastWrite
+from .._database.reads import has_only_read
 from .._database.routing import Routing
 from .._drivers.registry import driver_by_dialect
 from .._scope.scope import current, outwards
@@ -236,7 +237,7 @@ def _note_written(session: Session) -> None:
         # Compared by pool: an Engine with execution options is another object.
         if isinstance(scope, RoutedScope) and scope.owner.database_engine.pool is pool and scope.headers is None:
             primary = [connection for connection in open_connections(session) if connection.engine.pool is pool]
-            if primary:
+            if primary and not all(map(has_only_read, primary)):
                 driver = driver_by_dialect[type(primary[0].dialect)]
                 scope.written = LastWrite(time.time(), driver.written_position(primary[0]))
             return

@@ -315,6 +315,27 @@ def test_client_reads_its_own_write_when_that_was_a_get(cluster: Cluster) -> Non
         assert look(client, token) == {"port": cluster.primary.port, "found": True}
 
 
+@pytest.mark.parametrize(
+    ("work", "is_told"),
+    [
+        pytest.param(lambda: read(SEED), False, id="read"),
+        pytest.param(lambda: session.connection().connection.cursor().execute("SELECT 1"), True, id="unseen"),
+        pytest.param(lambda: session.execute(text("SELECT txid_current()")), True, id="function"),
+        pytest.param(lambda: session.add(Row(token=uuid4().hex)), True, id="write"),
+    ],
+)
+def test_client_of_a_post_is_told_of_what_may_have_been_written(
+    cluster: Cluster, work: Callable[[], object], is_told: bool
+) -> None:
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        work()
+        return answer(start_response, "done")
+
+    with application(cluster, app, transaction=True) as made:
+        response = Client(made).post("/", buffered=True)
+        assert (response.status_code, "Set-Cookie" in response.headers) == (200, is_told)
+
+
 def test_client_reads_from_the_primary_for_a_while_when_only_the_time_of_its_write_is_known(cluster: Cluster) -> None:
     """As with each database that tells nothing of its log."""
 

@@ -84,15 +84,13 @@ def test_request_waits_for_no_answer_that_it_does_not_need(options, name, row, p
         assert_waits(proxy, app, name, min(most, 1), most)
 
 
-READS = [name for name, kind in KINDS.items() if kind.method == "GET"]
+READS = [name for name, kind in KINDS.items() if not kind.writes]
 
 
 @pytest.mark.parametrize("name", READS)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_read_on_a_replica_waits_as_often_as_on_the_primary(options, name, row, proxy):
-    """But for a commit: drivers that do not know their transaction's state send COMMIT after its ROLLBACK."""
+def test_read_waits_as_often_where_there_is_a_replica(options, name, row, proxy):
     most = dict(zip(KINDS, MOST[row.module], strict=True))[name]
-    most += most > 0 and row.module != "psycopg" and "transaction" in OPTIONS[options]
     url = far(row, proxy)
     with disposed(ours(KINDS[name], url, replicas=[url], **OPTIONS[options])) as app:
         assert_waits(proxy, app, name, min(most, 1), most)
