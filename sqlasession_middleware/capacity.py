@@ -10,8 +10,8 @@ from sqlalchemy.pool import AssertionPool, Pool, QueuePool, StaticPool
 
 from ._database.secrets import without_rest_of_password
 from ._dependencies import max_overflow
-from ._drivers.base import MAX_CONNECTIONS, Limit
 from ._drivers.registry import driver_of, server_of_url
+from ._drivers.server import MAX_CONNECTIONS, Limit
 from .errors import ConfigurationError, shown
 
 __all__ = ["MAX_CONNECTIONS", "Capacity", "EngineCapacity", "Limit", "aligned", "ask_limits", "servers_of"]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sqlalchemy import exc
 from sqlalchemy.orm.exc import StaleDataError
 
-from ._drivers.base import read_attribute
+from ._drivers.answers import read_attribute
 from ._drivers.failure import Failure
 from ._drivers.registry import driver_that_made
 from .errors import BreakerOpenError, DeadlineError

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 
 from sqlasession_middleware import SQLASessionMiddleware, release, remaining, session
 from sqlasession_middleware._database import deadlines, watchdog
-from sqlasession_middleware._drivers.base import port_of
+from sqlasession_middleware._drivers.answers import port_of
 from sqlasession_middleware._drivers.registry import driver_of
 from sqlasession_middleware.errors import ConfigurationError, DeadlineError
 from sqlasession_middleware.failures import Failure, classify

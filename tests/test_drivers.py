@@ -21,7 +21,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DBAPIError
 
 from sqlasession_middleware import SQLASessionMiddleware, release, session
-from sqlasession_middleware._drivers.base import MAX_CONNECTIONS, Driver, Server
+from sqlasession_middleware._drivers.driver import Driver
 from sqlasession_middleware._drivers.failure import Failure
 from sqlasession_middleware._drivers.libpq import LibpqDriver
 from sqlasession_middleware._drivers.mariadb import MariaDBConnector, minding_class
@@ -37,6 +37,7 @@ from sqlasession_middleware._drivers.registry import (
     driver_that_made,
     server_of_url,
 )
+from sqlasession_middleware._drivers.server import MAX_CONNECTIONS, Server
 from sqlasession_middleware._drivers.sqlite import SQLite, SQLite3, SQLiteDriver
 from sqlasession_middleware.errors import TransactionAborted
 

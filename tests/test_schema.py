@@ -34,8 +34,8 @@ from werkzeug.test import Client
 from sqlasession_middleware import SQLASessionMiddleware, metadata, session
 from sqlasession_middleware._database import schema
 from sqlasession_middleware._drivers import mysql, postgresql
-from sqlasession_middleware._drivers.base import Server
 from sqlasession_middleware._drivers.registry import UNKNOWN, driver_of
+from sqlasession_middleware._drivers.server import Server
 from sqlasession_middleware.errors import ScopeError
 from sqlasession_middleware.testing import isolated
 

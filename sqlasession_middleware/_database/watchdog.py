@@ -18,13 +18,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from .._drivers.base import ask
+from .._drivers.answers import ask
 from .forks import after_fork, fork_safe_lock
 
 if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
 
-    from .._drivers.base import Driver
+    from .._drivers.driver import Driver
 
 __all__ = ["Watch", "end_watch", "watch", "watch_of"]
 

@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from .base import Code, ask, file_number_of, port_of, read_attribute, text_of
+from .answers import ask, file_number_of, port_of, read_attribute, text_of
 from .failure import Failure
 from .keepalive import COUNT, IDLE, INTERVAL, UNACKNOWLEDGED
 from .postgresql import PostgreSQLDriver, ask_alone
+from .server import Code
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect

@@ -9,8 +9,9 @@ from functools import cache, wraps
 from typing import Any, Final
 
 from .._dependencies import LAST_STATEMENT, socket_number_of
-from .base import Code, read_attribute
+from .answers import read_attribute
 from .mysql import MySQLDriver, number_of
+from .server import Code
 
 __all__ = ["MariaDBConnector"]
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sqlalchemy import text
 
-from .base import MAX_CONNECTIONS, Code, Driver, Limit, Server, ask, first_argument, port_of, read_attribute, text_of
+from .answers import ask, first_argument, port_of, read_attribute, text_of
+from .driver import Driver
 from .failure import Failure
+from .server import MAX_CONNECTIONS, Code, Limit, Server, ServersDriver
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
@@ -165,7 +167,7 @@ class CompatibleWithMySQL(Server):
     def says_gone(self, code: Code, error: object) -> bool:
         return code in IS_GONE
 
-    def has_become_read_only(self, driver: Driver, driver_connection: Any, code: Code) -> bool:
+    def has_become_read_only(self, driver: ServersDriver, driver_connection: Any, code: Code) -> bool:
         if code != READ_ONLY_TRANSACTION:
             return code in READ_ONLY_SERVERS
         try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from .base import Code, file_number_of, first_argument, read_attribute
+from .answers import file_number_of, first_argument, read_attribute
 from .mysql import MySQLDriver, number_of
+from .server import Code
 
 __all__ = ["MySQLdb"]
 

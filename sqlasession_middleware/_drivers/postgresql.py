@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import text
 
-from .base import MAX_CONNECTIONS, Code, Driver, Limit, Server, ask, read_attribute, text_of
+from .answers import ask, read_attribute, text_of
+from .driver import Driver
 from .failure import Failure
+from .server import MAX_CONNECTIONS, Code, Limit, Server, ServersDriver
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -169,7 +171,7 @@ class CompatibleWithPostgreSQL(Server):
     def says_gone(self, code: Code, error: object) -> bool:
         return code in IS_GONE or (code == INTERNAL_ERROR and CONCURRENTLY.search(text_of(error)) is not None)
 
-    def has_become_read_only(self, driver: Driver, driver_connection: Any, code: Code) -> bool:
+    def has_become_read_only(self, driver: ServersDriver, driver_connection: Any, code: Code) -> bool:
         if code != READ_ONLY_TRANSACTION or driver.is_made_read_only(driver_connection):
             return False
         states = [driver.parameter_status(driver_connection, name) for name in READ_ONLY_STATES]
@@ -212,10 +214,10 @@ class PostgreSQL(CompatibleWithPostgreSQL):
         cursor.execute(f"SET statement_timeout = '{seconds}s'")
         return "EXPLAIN (ANALYZE, BUFFERS) " if analyze else "EXPLAIN "
 
-    def has_written(self, driver: Driver, driver_connection: Any) -> bool:
+    def has_written(self, driver: ServersDriver, driver_connection: Any) -> bool:
         return not _numbers_transactions(driver, driver_connection) or _ask_transaction(driver_connection)[0]
 
-    def has_something_to_lose(self, driver: Driver, driver_connection: Any) -> bool:
+    def has_something_to_lose(self, driver: ServersDriver, driver_connection: Any) -> bool:
         """The answers to both questions, which are one query."""
         return not _numbers_transactions(driver, driver_connection) or any(_ask_transaction(driver_connection))
 
@@ -247,7 +249,7 @@ class PostgreSQLDriver(Driver):
         return bool(server.has_something_to_lose(self, connection.connection.dbapi_connection))
 
 
-def _numbers_transactions(driver: Driver, driver_connection: Any) -> bool:
+def _numbers_transactions(driver: ServersDriver, driver_connection: Any) -> bool:
     """Whether a transaction has a number since its first write; YugabyteDB numbers its transactions otherwise."""
     version = driver.parameter_status(driver_connection, "server_version")
     return version is not None and "YB" not in version

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .._dependencies import has_prepared
-from .base import read_attribute
+from .answers import read_attribute
 from .libpq import LibpqDriver
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from socket import SHUT_RDWR
 from threading import Event, Thread
 from typing import Any
 
-from .base import file_number_of, text_of
+from .answers import file_number_of, text_of
 from .keepalive import duplicate
 from .libpq import FULL_SERVER, LibpqDriver
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .._dependencies import answers_within, socket_of
-from .base import Code, file_number_of, first_argument
+from .answers import file_number_of, first_argument
 from .mysql import MySQLDriver, number_of
+from .server import Code
 
 __all__ = ["PyMySQL"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from .base import Driver, Server
+from .driver import Driver
 from .mariadb import MariaDBConnector
 from .mysql import MySQLDriver
 from .mysqldb import MySQLdb
@@ -17,6 +17,7 @@ from .postgresql import PostgreSQLDriver
 from .psycopg import Psycopg
 from .psycopg2 import Psycopg2
 from .pymysql import PyMySQL
+from .server import Server
 from .sqlite import SQLite3, SQLiteDriver
 
 if TYPE_CHECKING:

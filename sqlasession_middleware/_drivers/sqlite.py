@@ -13,8 +13,10 @@ from uuid import uuid4
 
 from sqlalchemy import event
 
-from .base import Code, Driver, Server, read_attribute
+from .answers import read_attribute
+from .driver import Driver
 from .failure import Failure
+from .server import Code, Server
 
 if TYPE_CHECKING:
     from sqlalchemy import URL, Connection, Dialect, Engine

@@ -17,7 +17,7 @@ from .._database.forks import fork_safe_lock
 from .._database.lazy_begin import count_waits
 from .._database.lost_commits import stores_nothing
 from .._dependencies import root_engine
-from .._drivers.base import question_listeners
+from .._drivers.answers import question_listeners
 from ..failures import Failure, classify
 from .objects import record_objects
 from .present import note_trips, present_records

@@ -18,7 +18,7 @@ from .write_tracking import has_tracked_write
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from .._drivers.base import Driver
+    from .._drivers.driver import Driver
 
 __all__ = ["end_known_reading", "end_reading", "has_handed_out", "held_connections", "release", "uncommitted"]
 
