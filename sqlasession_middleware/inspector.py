@@ -21,6 +21,7 @@ from sqlalchemy import Engine
 
 from ._database.forks import fork_safe_lock
 from ._database.pings import prepare_pings
+from ._dependencies import root_engine
 from ._inspector.access import Access
 from ._inspector.kept import Engines
 from ._inspector.memory import Memory
@@ -181,8 +182,8 @@ class _Applications:
 
     def find(self, name: str) -> list[Engine]:
         """The engines that records call so."""
-        found = {id(each): each for app in list(self._known) for each in app.engines.values()}
-        return [engine for engine in found.values() if recorded_name(engine) == name]
+        found = {root_engine(each) for app in list(self._known) for each in app.engines.values()}
+        return [engine for engine in found if recorded_name(engine) == name]
 
     def without_secrets(self, text: str) -> str:
         """Replace the passwords of all engines in a text."""

@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import column, create_engine, event, insert, select, text
+from sqlalchemy import Column, Integer, MetaData, Sequence, Table, column, create_engine, event, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
@@ -104,6 +104,35 @@ def test_statements_are_noted_with_what_came_of_them(make: Any) -> None:
     assert record.seconds == pytest.approx(sum(each.seconds for each in record.statements))
     assert {application_frames(each.stack)[0][0].co_filename for each in record.statements} == {__file__}
     assert {each.engine for each in record.statements} == {"default"}
+
+
+def test_each_statement_of_one_execution_is_noted(make: Any) -> None:
+    """SQLAlchemy asks for a default before the statement, and sends many rows by several INSERTs."""
+    app = make()
+    numbers = Sequence(f"numbers_{uuid4().hex[:12]}")
+    table = Table(
+        numbers.name.replace("numbers", "numbered"),
+        MetaData(),
+        Column("id", Integer, numbers, primary_key=True),
+        implicit_returning=False,
+    )
+    pages = {"insertmanyvalues_page_size": 2}
+    has_sequences = app.engine.dialect.supports_sequences
+    table.metadata.create_all(app.engine)
+
+    def work() -> None:
+        if has_sequences:
+            session.execute(insert(table))
+        many = [{"id": number} for number in range(200, 205)]
+        assert len(session.scalars(insert(Item).returning(Item.id), many, execution_options=pages).all()) == 5
+
+    record, _ = ask(app, work)
+    table.metadata.drop_all(app.engine)
+    asked, several = record.statements[:-3], record.statements[-3:]
+    assert ["nextval" in each.sql.lower() for each in asked] == ([True, False] if has_sequences else [])
+    assert [(each.is_many, each.rows) for each in several] == [(True, 2), (True, 2), (True, 1)]
+    assert [each.sql for each in record.statements if not each.end >= each.begin > 0] == []
+    assert record.seconds == pytest.approx(sum(each.seconds for each in record.statements))
 
 
 def test_connections_are_noted_from_checkout_to_return(make: Any) -> None:
@@ -580,6 +609,7 @@ def test_engines_with_one_dialect_are_timed_once(make: Any) -> None:
     engine = app.engine.execution_options(logging_token="other")  # no password
     other = SQLASessionMiddleware(answer, engine, transaction=True, server_timing=True)
     record, _ = ask(other, write)
+    assert len(record.statements) == len(record.holds) == 1
     assert [each.kind for each in record.ends][:1] == ["commit"]
     assert record.outcome == "committed"
 
