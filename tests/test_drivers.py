@@ -485,6 +485,8 @@ def test_error_of_a_driver_that_is_not_known_says_nothing() -> None:
     assert UNKNOWN.module_without_idle_rollbacks(ast) is ast
     assert UNKNOWN.server.has_become_read_only(UNKNOWN, None, None) is False
     UNKNOWN.begin_writing(connection)
+    assert [UNKNOWN.waits_of_end(None, kind) for kind in ("commit", "rollback")] == [1, 1]
+    assert UNKNOWN.cancel(None, lambda: None) is True
 
 
 def test_only_the_drivers_modules_ask_for_the_name_of_a_dialect() -> None:

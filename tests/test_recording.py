@@ -87,6 +87,7 @@ def test_statements_are_noted_with_what_came_of_them(make: Any) -> None:
     def work() -> None:
         write()
         session.execute(insert(Item), [{"id": 100}, {"id": 101}])
+        session.connection().exec_driver_sql("SELECT 7 % 4", execution_options={"no_parameters": True}).all()
         with pytest.raises(DBAPIError), session.begin_nested():
             session.execute(text("SELECT nothing FROM nowhere"))
         read()
@@ -94,7 +95,8 @@ def test_statements_are_noted_with_what_came_of_them(make: Any) -> None:
     record, _ = ask(app, work)
     texts = [re.sub(r"\s+", " ", each.sql) for each in record.statements]
     assert texts[0].startswith(f"INSERT INTO {Item.__tablename__}")
-    assert texts[2].startswith("SAVEPOINT")
+    assert texts[2] == "SELECT 7 % 4"
+    assert texts[3].startswith("SAVEPOINT")
     assert [each.is_many for each in record.statements[:2]] == [False, True]
     failed = [each for each in record.statements if each.error is not None]
     assert [each.sql for each in failed] == ["SELECT nothing FROM nowhere"]

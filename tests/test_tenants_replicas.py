@@ -149,6 +149,11 @@ def test_replica_that_is_away_is_found_out_once(make: Make, url: URL) -> None:
     for name in NAMES:
         assert ask(Client(tenants), name) == f"{name}:primary"
     assert len(tried) == 1
+    assert tenants.shared.routing is not None
+    assert tenants.shared.routing.replicas is not None
+    tenants.shared.routing.replicas.members[0].passed_over_until = 0.001
+    assert ask(Client(tenants), "acme") == "acme:primary"
+    assert len(tried) == 2  # It is tried again, and has to answer before it is read from.
 
 
 def test_listener_of_a_commit_reads_the_tenants_rows(make: Make) -> None:
