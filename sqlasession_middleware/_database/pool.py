@@ -78,18 +78,17 @@ def wrap_connect(pool: Pool, around: Callable[[Callable[[], Any]], Any]) -> None
     """
     found: Any = pool
 
-    def connect() -> Any:
-        return type(found).connect(found)  # Of the class that it has now: breakers and deadlines change it later.
+    # Of the class that it has when it is called: breakers and deadlines change it later. What the instance has already
+    # is of another such wrapper.
+    connect = vars(found).get("connect", lambda: type(found).connect(found))
+    recreate = vars(found).get("recreate", lambda: type(found).recreate(found))
 
-    # What the instance has already is of another such wrapper.
-    recreate_before = vars(found).get("recreate")
-
-    def recreate() -> Any:
-        another = type(found).recreate(found) if recreate_before is None else recreate_before()
+    def recreate_wrapped() -> Any:
+        another = recreate()
         wrap_connect(another, around)
         return another
 
-    found.connect, found.recreate = partial(around, vars(found).get("connect", connect)), recreate
+    found.connect, found.recreate = partial(around, connect), recreate_wrapped
 
 
 def is_full(pool: Pool) -> bool:

@@ -31,7 +31,7 @@ from .replaced_errors import driver_error_of
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["Replica", "Replicas", "read_replicas"]
+__all__ = ["Replica", "Replicas", "read_replicas", "replica_name"]
 
 logger = logging.getLogger("sqlasession_middleware.replicas")
 
@@ -39,6 +39,11 @@ _OUT_OF_REACH = (Failure.UNAVAILABLE, Failure.LOST)
 
 #: Seconds in which a replica has to accept a connection, unless the application has said it. Then it is passed over.
 CONNECT_TIMEOUT = 3
+
+
+def replica_name(number: int) -> str:
+    """The name of a replica in ``app.engines``, and in errors."""
+    return f"replicas[{number}]"
 
 
 def read_replicas(
@@ -66,8 +71,8 @@ def read_replicas(
             continue
         if isinstance(given, Engine) and primary.given and given in origins_of(primary.engine):
             problem = "is the Engine of 'bind' itself: give a URL, or another Engine."
-            raise ConfigurationError(f"replicas[{number}]", problem)
-        source = read_source(f"replicas[{number}]", given, inherited)
+            raise ConfigurationError(replica_name(number), problem)
+        source = read_source(replica_name(number), given, inherited)
         source.connect_timeout = CONNECT_TIMEOUT
         found.append(Replica(source, retry))
     return found

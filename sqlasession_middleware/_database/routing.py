@@ -9,14 +9,9 @@ from sqlalchemy import Engine
 
 from .binds import DEFAULT, unknown_bind_key
 from .engines import EngineSource
-from .replicas import Replicas
+from .replicas import Replicas, replica_name
 
-__all__ = ["Routing", "replica_name"]
-
-
-def replica_name(number: int) -> str:
-    """The name of a replica in ``app.engines``."""
-    return f"replicas[{number}]"
+__all__ = ["Routing"]
 
 
 class Routing:

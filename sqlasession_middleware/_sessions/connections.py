@@ -57,7 +57,7 @@ def remove_session(scope: Scope) -> None:
             session.rollback()
         session.close()
     except BaseException:
-        _give_back_all(transaction)
+        _invalidate_all(transaction)
         raise
 
 
@@ -89,7 +89,7 @@ def give_back(session: Session, connection: Connection) -> None:
     except Exception:
         # It is lost, and nothing with it. Older versions of SQLAlchemy have not given it back by now.
         if not connection.closed:  # pragma: no cover
-            _give_back(connection)
+            _invalidate(connection)
 
 
 def close_transaction(transaction: SessionTransaction) -> None:
@@ -106,23 +106,23 @@ def close_transaction(transaction: SessionTransaction) -> None:
     try:
         transaction.close()
     except BaseException:
-        _give_back_all(transaction)
+        _invalidate_all(transaction)
         raise
     finally:
         if calls is not None:
             calls.is_end_of_reading = False
 
 
-def _give_back_all(transaction: Any) -> None:
+def _invalidate_all(transaction: Any) -> None:
     """Invalidate the connections of a SessionTransaction that could not be closed."""
     while transaction is not None:
         for connection, autoclose in connections_of(transaction):
             if autoclose and not connection.closed:
-                _give_back(connection)
+                _invalidate(connection)
         transaction = transaction.parent
 
 
-def _give_back(connection: Any) -> None:
+def _invalidate(connection: Any) -> None:
     try:
         connection.invalidate()
         connection.close()

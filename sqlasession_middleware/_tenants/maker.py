@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .._database.binds import DEFAULT
 from .._database.engines import read_source
-from .._database.routing import replica_name
+from .._database.replicas import replica_name
 from .._drivers.registry import server_of_url
 from .._lifecycle.background import BackgroundThreads
 from .._settings.arguments import make_with_options
@@ -55,7 +55,7 @@ class ApplicationMaker:
         self._bind = template_of("bind", bind)
         binds, replicas = options.get("binds") or {}, options.get("replicas") or ()
         self._binds = {key: template_of(f"binds[{key!r}]", each) for key, each in binds.items()}
-        self._replicas = [template_of(f"replicas[{number}]", each) for number, each in enumerate(replicas)]
+        self._replicas = [template_of(replica_name(number), each) for number, each in enumerate(replicas)]
         given = {
             "bind": bind,
             **{f"binds[{key!r}]": each for key, each in binds.items()},
